@@ -1,0 +1,46 @@
+// The one list of lmengine's C++ and CUDA operators. What each computes is said in
+// lmengine/ops/<family>.py, which also registers the fake implementations and the autograd
+// formulas.
+#include <torch/csrc/stable/library.h>
+
+#include "support/instruction_set.h"
+
+STABLE_TORCH_LIBRARY(lmengine, m) {
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale)"
+      " -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor "
+      "output,"
+      " Tensor logsumexp, bool is_causal, float scale)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def(
+      "lstm_forward(Tensor input_gates, Tensor weight_hh, Tensor hidden, Tensor cell)"
+      " -> (Tensor outputs, Tensor cells, Tensor gates)");
+  m.def(
+      "lstm_backward(Tensor grad_outputs, Tensor grad_cell, Tensor weight_hh, Tensor hidden, "
+      "Tensor cell,"
+      " Tensor outputs, Tensor cells, Tensor gates)"
+      " -> (Tensor grad_input_gates, Tensor grad_weight_hh, Tensor grad_hidden, Tensor grad_cell)");
+  m.def(
+      "cooccurrence(Tensor tokens, int vocabulary_size, int window_size, bool symmetric,"
+      " bool distance_weighting) -> (Tensor rows, Tensor columns, Tensor values)");
+  m.def(
+      "glove_epoch(Tensor(a!) parameters, Tensor(b!) squared_gradients, Tensor rows, Tensor "
+      "columns,"
+      " Tensor values, Tensor order, float eta, float x_max, float alpha, float grad_clip) -> "
+      "Tensor cost");
+}
+
+// What was built, read by lmengine/backends.py through ctypes.
+extern "C" __attribute__((visibility("default"))) int lmengine_built_with_cuda() {
+#ifdef LMENGINE_WITH_CUDA
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+extern "C" __attribute__((visibility("default"))) const char* lmengine_instruction_set() {
+  return lmengine::name_of(lmengine::instruction_set());
+}

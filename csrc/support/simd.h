@@ -1,0 +1,207 @@
+// A vector of floats in the instruction set that the including *_simd.cpp is compiled for: 16 lanes
+// with AVX-512, 8 with AVX2. Everything lies in lmengine::LMENGINE_ISA, so that no two instruction
+// sets share a symbol.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#ifndef LMENGINE_ISA
+#error "simd.h is for *_simd.cpp, which setup.py compiles once for each instruction set"
+#endif
+
+namespace lmengine::LMENGINE_ISA {
+
+// bfloat16 as stored; arithmetic is in float.
+using bf16 = uint16_t;
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec set(float value) { return {_mm512_set1_ps(value)}; }
+  static Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
+  static Vec load(const float* from, int count) {
+    return {_mm512_maskz_loadu_ps(mask(count), from)};
+  }
+  static Vec load(const bf16* from) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Vec load(const bf16* from, int count) {
+    return widen(_mm256_maskz_loadu_epi16(mask(count), from));
+  }
+  void store(float* to) const { _mm512_storeu_ps(to, v); }
+  void store(float* to, int count) const { _mm512_mask_storeu_ps(to, mask(count), v); }
+  void store(bf16* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow()); }
+  void store(bf16* to, int count) const { _mm256_mask_storeu_epi16(to, mask(count), narrow()); }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  friend Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+  // a * b + c, and c - a * b
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec round(Vec a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  // a * 2^n for integral n
+  friend Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+  float sum() const { return _mm512_reduce_add_ps(v); }
+  float largest() const { return _mm512_reduce_max_ps(v); }
+
+ private:
+  static __mmask16 mask(int count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
+  }
+  static Vec widen(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  // rounds to nearest even; a NaN stays a NaN
+  __m256i narrow() const {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+  }
+};
+
+#else  // AVX2
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec set(float value) { return {_mm256_set1_ps(value)}; }
+  static Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
+  static Vec load(const float* from, int count) { return {_mm256_maskload_ps(from, mask(count))}; }
+  static Vec load(const bf16* from) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static Vec load(const bf16* from, int count) {
+    if (count >= 8) return load(from);
+    bf16 buffer[8] = {};
+    for (int i = 0; i < count; ++i) buffer[i] = from[i];
+    return load(buffer);
+  }
+  void store(float* to) const { _mm256_storeu_ps(to, v); }
+  void store(float* to, int count) const { _mm256_maskstore_ps(to, mask(count), v); }
+  void store(bf16* to) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow()); }
+  void store(bf16* to, int count) const {
+    if (count >= 8) return store(to);
+    bf16 buffer[8];
+    store(buffer);
+    for (int i = 0; i < count; ++i) to[i] = buffer[i];
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  friend Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+  // a * b + c, and c - a * b
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec round(Vec a) {
+    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  // a * 2^n for integral n, in two steps, so that results below the normal range are reached too
+  friend Vec scale_by_power(Vec a, Vec n) {
+    const __m256i whole = _mm256_cvtps_epi32(n.v);
+    const __m256i half = _mm256_srai_epi32(whole, 1);
+    return a * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
+  }
+  float sum() const {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  float largest() const {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+
+ private:
+  static __m256i mask(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Vec power_of_two(__m256i n) {
+    return {
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
+  }
+  static Vec widen(__m128i bits) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  // rounds to nearest even; a NaN stays a NaN
+  __m128i narrow() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+    rounded = _mm256_srli_epi32(rounded, 16);
+    const __m256i packed = _mm256_packus_epi32(rounded, rounded);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+};
+
+#endif
+
+// e^x within 2 units in the last place over the whole range; 0 below -104, infinity above 89.
+inline Vec exp(Vec x) {
+  x = max(min(x, Vec::set(89.0f)), Vec::set(-104.0f));
+  const Vec n = round(x * Vec::set(1.44269504088896341f));
+  Vec r = fnma(n, Vec::set(0.693359375f), x);
+  r = fnma(n, Vec::set(-2.12194440e-4f), r);
+  Vec p = Vec::set(1.9875691500e-4f);
+  p = fma(p, r, Vec::set(1.3981999507e-3f));
+  p = fma(p, r, Vec::set(8.3334519073e-3f));
+  p = fma(p, r, Vec::set(4.1665795894e-2f));
+  p = fma(p, r, Vec::set(1.6666665459e-1f));
+  p = fma(p, r, Vec::set(5.0000001201e-1f));
+  p = fma(p, r * r, r) + Vec::set(1.0f);
+  return scale_by_power(p, n);
+}
+
+inline Vec sigmoid(Vec x) {
+  const Vec one = Vec::set(1.0f);
+  return one / (one + exp(Vec::zero() - x));
+}
+
+// tanh as a rational function of x (Eigen's and Cephes' form), within a few units in the last
+// place.
+inline Vec tanh(Vec x) {
+  x = max(min(x, Vec::set(7.90531110763549805f)), Vec::set(-7.90531110763549805f));
+  const Vec x2 = x * x;
+  Vec p = Vec::set(-2.76076847742355e-16f);
+  p = fma(p, x2, Vec::set(2.00018790482477e-13f));
+  p = fma(p, x2, Vec::set(-8.60467152213735e-11f));
+  p = fma(p, x2, Vec::set(5.12229709037114e-08f));
+  p = fma(p, x2, Vec::set(1.48572235717979e-05f));
+  p = fma(p, x2, Vec::set(6.37261928875436e-04f));
+  p = fma(p, x2, Vec::set(4.89352455891786e-03f));
+  Vec q = Vec::set(1.19825839466702e-06f);
+  q = fma(q, x2, Vec::set(1.18534705686654e-04f));
+  q = fma(q, x2, Vec::set(2.26843463243900e-03f));
+  q = fma(q, x2, Vec::set(4.89352518554385e-03f));
+  return x * p / q;
+}
+
+}  // namespace lmengine::LMENGINE_ISA

@@ -1,0 +1,1 @@
+"""Triton kernels, one file a family. Each file lists in `static_configurations()` what may ever be launched."""

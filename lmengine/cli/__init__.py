@@ -1,0 +1,5 @@
+"""The command line: a thin face over the library."""
+
+
+def main() -> int:
+    raise SystemExit("not yet")

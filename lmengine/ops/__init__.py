@@ -1,0 +1,1 @@
+"""The operators, one file a family: checks, choice of backend, fake and autograd registration."""
