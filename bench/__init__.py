@@ -1,0 +1,1 @@
+"""Benchmarks: every kernel beside the PyTorch operator that it replaces."""
