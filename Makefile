@@ -30,6 +30,7 @@ format: $(VENV)/installed
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only --override-ini addopts="-q"
 	$(BIN)/python -m bench.report
+	for readme in README.md README.zh-CN.md; do $(BIN)/python -m bench.report --readme $$readme; done
 
 static: build
 	$(BIN)/python -m bench.static
