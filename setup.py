@@ -87,7 +87,7 @@ def ninja_file(nvcc: str | None, torch_include: list[str], torch_lib: str, libra
 
     for source in sorted((ROOT / "csrc").rglob("*.cpp")):
         name = str(source.relative_to(ROOT / "csrc")).replace("/", "_").removesuffix(".cpp")
-        if source.parent.name == "corpus":
+        if source.parent.name == "corpus" or (source.stem.endswith("_cuda") and not nvcc):
             continue
         if source.stem.endswith("_simd"):
             for isa, options in INSTRUCTION_SETS.items():

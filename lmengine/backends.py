@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 import platform
 import warnings
@@ -87,11 +88,10 @@ def info() -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    from lmengine import __version__
 
     loaded = library()
     return {
-        "lmengine": __version__,
+        "lmengine": importlib.metadata.version("lmengine"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
@@ -273,22 +273,3 @@ def warn_of_reference(name: str, device_type: str) -> None:
         f"`print(lmengine.explain({name!r}, ...))` says why.",
         stacklevel=4,
     )
-
-
-def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend a call would run on, and why not the others. Print the result.
-
-    Args:
-        operator: an operator's name ("attention", "lstm", "cooccurrence", "glove_epoch") or a function or layer
-            of lmengine that has one.
-        args, kwargs: the call's own arguments.
-
-    Raises:
-        ValueError: no operator is called that; the message lists those that are.
-    """
-    import lmengine.ops  # registers every operator
-
-    name = operator if isinstance(operator, str) else getattr(operator, "operator_name", None)
-    if name not in OPERATORS:
-        raise ValueError(f"operator: expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}")
-    return OPERATORS[name].explain(*args, **kwargs)

@@ -82,7 +82,7 @@ def test_checks_come_before_any_backend(doubled):
 
 
 def test_explain_of_an_unknown_operator_lists_those_there_are():
-    with pytest.raises(ValueError, match="expected one of .*, got 'convolution'"):
+    with pytest.raises(ValueError, match=r"expected one of .*, got 'convolution'"):
         lmengine.explain("convolution", torch.ones(1))
 
 

@@ -1,1 +1,25 @@
 """The operators, one file a family: checks, choice of backend, fake and autograd registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lmengine.backends import OPERATORS, Explanation
+
+
+def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend a call would run on, and why not the others. Print the result.
+
+    Args:
+        operator: an operator's name ("attention", "lstm", "cooccurrence", "glove_epoch") or a function or layer
+            of lmengine that has one.
+        args, kwargs: the call's own arguments.
+
+    Raises:
+        ValueError: no operator is called that; the message lists those that are.
+    """
+    name = operator if isinstance(operator, str) else getattr(operator, "operator_name", None)
+    if name not in OPERATORS:
+        raise ValueError(f"operator: expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}")
+    return OPERATORS[name].explain(*args, **kwargs)
