@@ -1,6 +1,7 @@
-// What every .cu file includes: CUDA's own headers, kernel launches that check their errors, and the barrier over a
-// grid. Compiled by g++ with -DLMENGINE_HOST_EMULATION, the same names come from tests/cuda_host/emulation.h instead,
-// and the kernels run on the CPU; no CUDA toolkit is needed for that.
+// What every .cu file includes: CUDA's own headers, kernel launches that check their errors, and
+// the barrier over a grid. Compiled by g++ with -DLMENGINE_HOST_EMULATION, the same names come from
+// tests/cuda_host/emulation.h instead, and the kernels run on the CPU; no CUDA toolkit is needed
+// for that.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +18,7 @@
 #include <cuda_runtime.h>
 
 // Declares `unsigned char* name`: the block's dynamic shared memory, 128-byte aligned.
-#define LMENGINE_SHARED_MEMORY(name)                                             \
+#define LMENGINE_SHARED_MEMORY(name)                                               \
   extern __shared__ __align__(128) unsigned char lmengine_dynamic_shared_memory[]; \
   unsigned char* name = lmengine_dynamic_shared_memory
 
@@ -25,7 +26,8 @@ namespace lmengine::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // the error is reported here: do not let it surface again in somebody else's call
+  cudaGetLastError();  // the error is reported here: do not let it surface again in somebody else's
+                       // call
   throw std::runtime_error(std::string("lmengine: ") + what + ": " + cudaGetErrorString(error));
 }
 
@@ -33,49 +35,57 @@ inline void check(cudaError_t error, const char* what) {
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
   return count;
 }
 
 template <class... Parameters>
 inline void allow_shared_memory(void (*kernel)(Parameters...), size_t shared_bytes) {
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           "the kernel's shared memory");
   }
 }
 
-// How many blocks of a kernel one multiprocessor holds at a time: the bound on a cooperative grid is this times
-// multiprocessors().
+// How many blocks of a kernel one multiprocessor holds at a time: the bound on a cooperative grid
+// is this times multiprocessors().
 template <class... Parameters>
-inline int blocks_per_multiprocessor(void (*kernel)(Parameters...), int block_threads, size_t shared_bytes) {
+inline int blocks_per_multiprocessor(void (*kernel)(Parameters...), int block_threads,
+                                     size_t shared_bytes) {
   int count = 0;
   allow_shared_memory(kernel, shared_bytes);
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, block_threads, shared_bytes), "occupancy");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, block_threads, shared_bytes),
+        "occupancy");
   return count;
 }
 
-// Launches kernel(args...) and throws std::runtime_error where the launch is refused. The arguments are converted
-// to the kernel's parameter types.
+// Launches kernel(args...) and throws std::runtime_error where the launch is refused. The arguments
+// are converted to the kernel's parameter types.
 template <class... Parameters, class... Arguments>
-inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments&&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
+inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments),
+                "the kernel takes another number of arguments");
   allow_shared_memory(kernel, shared_bytes);
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), "kernel launch");
 }
 
-// The same for a kernel that uses grid_barrier: all its blocks are resident at a time, or the launch is refused.
+// The same for a kernel that uses grid_barrier: all its blocks are resident at a time, or the
+// launch is refused.
 template <class... Parameters, class... Arguments>
-inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                               cudaStream_t stream, Arguments&&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
+inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                               size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments),
+                "the kernel takes another number of arguments");
   allow_shared_memory(kernel, shared_bytes);
   [&](Parameters... values) {
     void* pointers[] = {static_cast<void*>(&values)..., nullptr};
-    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, stream),
+    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                                      shared_bytes, stream),
           "cooperative kernel launch");
   }(static_cast<Parameters>(arguments)...);
 }
@@ -99,8 +109,9 @@ __device__ __forceinline__ void spin_pause() {}
 
 namespace lmengine::cuda {
 
-// Waits until all blocks of a cooperative grid are here, and makes what they wrote to global memory before visible.
-// `counter` is one zeroed word of global memory, `phase` a variable of each thread that starts at 0.
+// Waits until all blocks of a cooperative grid are here, and makes what they wrote to global memory
+// before visible. `counter` is one zeroed word of global memory, `phase` a variable of each thread
+// that starts at 0.
 __device__ __forceinline__ void grid_barrier(unsigned* counter, unsigned& phase) {
   __syncthreads();
   phase += gridDim.x * gridDim.y * gridDim.z;

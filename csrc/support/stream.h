@@ -1,5 +1,5 @@
-// The host side of a CUDA operator: PyTorch's current stream, and the tensor's device made current. For *_cuda.cpp
-// files, which torch compiles and links without CUDA's C++ API (c10/cuda) in sight.
+// The host side of a CUDA operator: PyTorch's current stream, and the tensor's device made current.
+// For *_cuda.cpp files, which torch compiles and links without CUDA's C++ API (c10/cuda) in sight.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,8 @@ inline cudaStream_t current_stream(int32_t device_index) {
   }
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device_index, &stream) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("lmengine: PyTorch gives no CUDA stream for device " + std::to_string(device_index));
+    throw std::runtime_error("lmengine: PyTorch gives no CUDA stream for device " +
+                             std::to_string(device_index));
   }
   return static_cast<cudaStream_t>(stream);
 }
@@ -30,8 +31,8 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t device_index) {
     if (cudaGetDevice(&previous_) != cudaSuccess || cudaSetDevice(device_index) != cudaSuccess) {
-      throw std::runtime_error("lmengine: cannot use CUDA device " + std::to_string(device_index) + ": " +
-                               cudaGetErrorString(cudaGetLastError()));
+      throw std::runtime_error("lmengine: cannot use CUDA device " + std::to_string(device_index) +
+                               ": " + cudaGetErrorString(cudaGetLastError()));
     }
   }
   ~DeviceGuard() { cudaSetDevice(previous_); }
