@@ -42,9 +42,14 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def unusable(backend: str) -> str | None:
     """Why `backend` cannot be used on this machine at all, or None where it can."""
+    return _unusable(backend)
+
+
+@functools.cache
+def _unusable(backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
