@@ -23,3 +23,6 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
     if name not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}")
     return OPERATORS[name].explain(*args, **kwargs)
+
+
+from lmengine.ops import cooccurrence as cooccurrence  # noqa: E402
