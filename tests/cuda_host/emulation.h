@@ -1,0 +1,115 @@
+// CUDA on the CPU, for tests: the threads of a block are fibers that run one at a time and change over where they
+// synchronise. csrc/support/cuda.h includes this file when g++ compiles a .cu source with -DLMENGINE_HOST_EMULATION.
+//
+// What is stricter than a GPU: shared memory is as long as was asked for and starts as NaN; a barrier or a warp
+// instruction that not all its threads reach ends the program with a report; a destination of cp_async reads as NaN
+// until cp_async_wait. What is not seen: memory order between blocks, and the speed.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "cuda_host/emulation_types.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+using cudaStream_t = struct lmengine_emulated_stream*;
+
+// Set for the thread that runs.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+namespace lmengine::emulation {
+
+using Location = std::source_location;
+
+// Reports on stderr what is wrong, where and in which thread, and ends the program.
+[[noreturn]] void fail(const std::string& message, const Location& where);
+
+// All threads of the block wait for each other here.
+void sync_threads(const Location& where);
+
+// Waits for the other lanes of `mask` to arrive with the same instruction; the last to arrive calls
+// complete(arguments), where arguments[lane] is what each lane passed (null for lanes not in the mask).
+using Complete = void (*)(void* const* arguments);
+void warp_instruction(const char* name, unsigned mask, void* argument, Complete complete, const Location& where);
+
+// Lets all other threads run before this one goes on: for loops that wait for another block.
+void spin();
+
+unsigned char* shared_memory();
+void check_shared(const void* address, size_t bytes, const char* name, const Location& where);
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& thread,
+              const Location& where);
+
+inline int lane() {
+  return static_cast<int>(((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % 32);
+}
+
+// Copies under way of the running thread.
+void copy_later(void* shared, const unsigned char (&bytes)[16]);
+void close_group();
+void wait_groups(int pending);
+
+}  // namespace lmengine::emulation
+
+#define LMENGINE_SHARED_MEMORY(name) unsigned char* name = ::lmengine::emulation::shared_memory()
+
+#include "cuda_host/emulation_builtins.h"
+#include "cuda_host/emulation_tensor_core.h"
+
+namespace lmengine::cuda {
+
+inline int multiprocessors() { return 4; }
+
+template <class... Parameters>
+inline int blocks_per_multiprocessor(void (*)(Parameters...), int, size_t) {
+  return 1;
+}
+
+template <class... Parameters, class... Arguments>
+inline void run(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                const emulation::Location& where, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
+  static_assert((0 + ... + sizeof(Parameters)) <= 4096, "CUDA passes at most 4096 bytes of kernel arguments");
+  [&](Parameters... values) {
+    emulation::run_grid(grid, block, shared_bytes, cooperative, [&] { kernel(values...); }, where);
+  }(static_cast<Parameters>(arguments)...);
+}
+
+template <class... Parameters, class... Arguments>
+inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   Arguments&&... arguments) {
+  run(false, kernel, grid, block, shared_bytes, emulation::Location::current(), arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                               Arguments&&... arguments) {
+  run(true, kernel, grid, block, shared_bytes, emulation::Location::current(), arguments...);
+}
+
+inline void zero(void* memory, size_t bytes, cudaStream_t) { std::memset(memory, 0, bytes); }
+
+inline unsigned load_acquire(const unsigned* address) { return *static_cast<const volatile unsigned*>(address); }
+
+inline void spin_pause() { emulation::spin(); }
+
+}  // namespace lmengine::cuda
