@@ -40,7 +40,7 @@ namespace lmengine::emulation {
 using Location = std::source_location;
 
 // Reports on stderr what is wrong, where and in which thread, and ends the program.
-[[noreturn]] void fail(const std::string& message, const Location& where);
+[[noreturn]] void fail(const std::string& message, const Location* where = nullptr);
 
 // All threads of the block wait for each other here.
 void sync_threads(const Location& where);
@@ -56,8 +56,7 @@ void spin();
 unsigned char* shared_memory();
 void check_shared(const void* address, size_t bytes, const char* name, const Location& where);
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& thread,
-              const Location& where);
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& thread);
 
 inline int lane() {
   return static_cast<int>(((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % 32);
@@ -86,24 +85,24 @@ inline int blocks_per_multiprocessor(void (*)(Parameters...), int, size_t) {
 
 template <class... Parameters, class... Arguments>
 inline void run(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                const emulation::Location& where, Arguments&&... arguments) {
+                Arguments&&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
   static_assert((0 + ... + sizeof(Parameters)) <= 4096, "CUDA passes at most 4096 bytes of kernel arguments");
   [&](Parameters... values) {
-    emulation::run_grid(grid, block, shared_bytes, cooperative, [&] { kernel(values...); }, where);
+    emulation::run_grid(grid, block, shared_bytes, cooperative, [&] { kernel(values...); });
   }(static_cast<Parameters>(arguments)...);
 }
 
 template <class... Parameters, class... Arguments>
 inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                    Arguments&&... arguments) {
-  run(false, kernel, grid, block, shared_bytes, emulation::Location::current(), arguments...);
+  run(false, kernel, grid, block, shared_bytes, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
 inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                                Arguments&&... arguments) {
-  run(true, kernel, grid, block, shared_bytes, emulation::Location::current(), arguments...);
+  run(true, kernel, grid, block, shared_bytes, arguments...);
 }
 
 inline void zero(void* memory, size_t bytes, cudaStream_t) { std::memset(memory, 0, bytes); }
