@@ -1,9 +1,11 @@
-// CUDA on the CPU, for tests: the threads of a block are fibers that run one at a time and change over where they
-// synchronise. csrc/support/cuda.h includes this file when g++ compiles a .cu source with -DLMENGINE_HOST_EMULATION.
+// CUDA on the CPU, for tests: the threads of a block are fibers that run one at a time and change
+// over where they synchronise. csrc/support/cuda.h includes this file when g++ compiles a .cu
+// source with -DLMENGINE_HOST_EMULATION.
 //
-// What is stricter than a GPU: shared memory is as long as was asked for and starts as NaN; a barrier or a warp
-// instruction that not all its threads reach ends the program with a report; a destination of cp_async reads as NaN
-// until cp_async_wait. What is not seen: memory order between blocks, and the speed.
+// What is stricter than a GPU: shared memory is as long as was asked for and starts as NaN; a
+// barrier or a warp instruction that not all its threads reach ends the program with a report; a
+// destination of cp_async reads as NaN until cp_async_wait. What is not seen: memory order between
+// blocks, and the speed.
 #pragma once
 
 #include <cmath>
@@ -46,9 +48,11 @@ using Location = std::source_location;
 void sync_threads(const Location& where);
 
 // Waits for the other lanes of `mask` to arrive with the same instruction; the last to arrive calls
-// complete(arguments), where arguments[lane] is what each lane passed (null for lanes not in the mask).
+// complete(arguments), where arguments[lane] is what each lane passed (null for lanes not in the
+// mask).
 using Complete = void (*)(void* const* arguments);
-void warp_instruction(const char* name, unsigned mask, void* argument, Complete complete, const Location& where);
+void warp_instruction(const char* name, unsigned mask, void* argument, Complete complete,
+                      const Location& where);
 
 // Lets all other threads run before this one goes on: for loops that wait for another block.
 void spin();
@@ -56,10 +60,12 @@ void spin();
 unsigned char* shared_memory();
 void check_shared(const void* address, size_t bytes, const char* name, const Location& where);
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& thread);
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
+              const std::function<void()>& thread);
 
 inline int lane() {
-  return static_cast<int>(((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % 32);
+  return static_cast<int>(((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) %
+                          32);
 }
 
 // Copies under way of the running thread.
@@ -84,30 +90,34 @@ inline int blocks_per_multiprocessor(void (*)(Parameters...), int, size_t) {
 }
 
 template <class... Parameters, class... Arguments>
-inline void run(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                Arguments&&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "the kernel takes another number of arguments");
-  static_assert((0 + ... + sizeof(Parameters)) <= 4096, "CUDA passes at most 4096 bytes of kernel arguments");
+inline void run(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                size_t shared_bytes, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments),
+                "the kernel takes another number of arguments");
+  static_assert((0 + ... + sizeof(Parameters)) <= 4096,
+                "CUDA passes at most 4096 bytes of kernel arguments");
   [&](Parameters... values) {
     emulation::run_grid(grid, block, shared_bytes, cooperative, [&] { kernel(values...); });
   }(static_cast<Parameters>(arguments)...);
 }
 
 template <class... Parameters, class... Arguments>
-inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   Arguments&&... arguments) {
+inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, Arguments&&... arguments) {
   run(false, kernel, grid, block, shared_bytes, arguments...);
 }
 
 template <class... Parameters, class... Arguments>
-inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                               Arguments&&... arguments) {
+inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                               size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
   run(true, kernel, grid, block, shared_bytes, arguments...);
 }
 
 inline void zero(void* memory, size_t bytes, cudaStream_t) { std::memset(memory, 0, bytes); }
 
-inline unsigned load_acquire(const unsigned* address) { return *static_cast<const volatile unsigned*>(address); }
+inline unsigned load_acquire(const unsigned* address) {
+  return *static_cast<const volatile unsigned*>(address);
+}
 
 inline void spin_pause() { emulation::spin(); }
 

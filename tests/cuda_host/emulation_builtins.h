@@ -1,13 +1,14 @@
-// CUDA's built-in functions for the emulation: barriers, warp instructions, atomics, arithmetic. One thread runs at a
-// time, so an atomic is an ordinary read and write. Included by emulation.h.
+// CUDA's built-in functions for the emulation: barriers, warp instructions, atomics, arithmetic.
+// One thread runs at a time, so an atomic is an ordinary read and write. Included by emulation.h.
 #pragma once
 
-inline void __syncthreads(lmengine::emulation::Location where = lmengine::emulation::Location::current()) {
+inline void __syncthreads(
+    lmengine::emulation::Location where = lmengine::emulation::Location::current()) {
   lmengine::emulation::sync_threads(where);
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffff,
-                       lmengine::emulation::Location where = lmengine::emulation::Location::current()) {
+inline void __syncwarp(unsigned mask = 0xffffffff, lmengine::emulation::Location where =
+                                                       lmengine::emulation::Location::current()) {
   lmengine::emulation::warp_instruction("__syncwarp", mask, nullptr, nullptr, where);
 }
 
@@ -36,7 +37,8 @@ inline Gathered<T> gather(const char* name, unsigned mask, T value, const Locati
           auto& receiver = *static_cast<Gathered<T>*>(arguments[to]);
           for (int from = 0; from < 32; ++from) {
             receiver.present[from] = arguments[from] != nullptr;
-            if (arguments[from]) receiver.values[from] = static_cast<Gathered<T>*>(arguments[from])->value;
+            if (arguments[from])
+              receiver.values[from] = static_cast<Gathered<T>*>(arguments[from])->value;
           }
         }
       },
@@ -45,12 +47,15 @@ inline Gathered<T> gather(const char* name, unsigned mask, T value, const Locati
 }
 
 template <class T>
-inline T shuffle(const char* name, unsigned mask, T value, int source, int width, const Location& where) {
+inline T shuffle(const char* name, unsigned mask, T value, int source, int width,
+                 const Location& where) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 2);
-  if (width <= 0 || width > 32 || (width & (width - 1))) fail(std::string(name) + ": width is no power of 2", &where);
+  if (width <= 0 || width > 32 || (width & (width - 1)))
+    fail(std::string(name) + ": width is no power of 2", &where);
   const Gathered<T> all = gather(name, mask, value, where);
   const int first = lane() & ~(width - 1);
-  if (source < first || source >= first + width) return value;  // out of the segment: one's own value
+  if (source < first || source >= first + width)
+    return value;  // out of the segment: one's own value
   if (!all.present[source]) fail(std::string(name) + ": reads a lane that takes no part", &where);
   return all.values[source];
 }
@@ -67,12 +72,14 @@ inline T reduce(const char* name, unsigned mask, T value, Combine combine, const
 
 }  // namespace lmengine::emulation
 
-#define LMENGINE_WHERE lmengine::emulation::Location where = lmengine::emulation::Location::current()
+#define LMENGINE_WHERE \
+  lmengine::emulation::Location where = lmengine::emulation::Location::current()
 
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, LMENGINE_WHERE) {
   const int first = lmengine::emulation::lane() & ~(width - 1);
-  return lmengine::emulation::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), width, where);
+  return lmengine::emulation::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)),
+                                      width, where);
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, LMENGINE_WHERE) {
@@ -93,7 +100,8 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, 
 inline unsigned __ballot_sync(unsigned mask, int predicate, LMENGINE_WHERE) {
   const auto all = lmengine::emulation::gather("__ballot_sync", mask, predicate, where);
   unsigned result = 0;
-  for (int from = 0; from < 32; ++from) result |= (all.present[from] && all.values[from] ? 1u : 0u) << from;
+  for (int from = 0; from < 32; ++from)
+    result |= (all.present[from] && all.values[from] ? 1u : 0u) << from;
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate, LMENGINE_WHERE) {
@@ -108,31 +116,35 @@ template <class T>
 inline unsigned __match_any_sync(unsigned mask, T value, LMENGINE_WHERE) {
   const auto all = lmengine::emulation::gather("__match_any_sync", mask, value, where);
   unsigned result = 0;
-  for (int from = 0; from < 32; ++from) result |= (all.present[from] && all.values[from] == value ? 1u : 0u) << from;
+  for (int from = 0; from < 32; ++from)
+    result |= (all.present[from] && all.values[from] == value ? 1u : 0u) << from;
   return result;
 }
 template <class T>
 inline T __reduce_add_sync(unsigned mask, T value, LMENGINE_WHERE) {
-  return lmengine::emulation::reduce("__reduce_add_sync", mask, value, [](T a, T b) { return a + b; }, where);
+  return lmengine::emulation::reduce(
+      "__reduce_add_sync", mask, value, [](T a, T b) { return a + b; }, where);
 }
 template <class T>
 inline T __reduce_max_sync(unsigned mask, T value, LMENGINE_WHERE) {
-  return lmengine::emulation::reduce("__reduce_max_sync", mask, value, [](T a, T b) { return a > b ? a : b; }, where);
+  return lmengine::emulation::reduce(
+      "__reduce_max_sync", mask, value, [](T a, T b) { return a > b ? a : b; }, where);
 }
 template <class T>
 inline T __reduce_min_sync(unsigned mask, T value, LMENGINE_WHERE) {
-  return lmengine::emulation::reduce("__reduce_min_sync", mask, value, [](T a, T b) { return a < b ? a : b; }, where);
+  return lmengine::emulation::reduce(
+      "__reduce_min_sync", mask, value, [](T a, T b) { return a < b ? a : b; }, where);
 }
 #undef LMENGINE_WHERE
 
 // The value's type follows from the address, as in CUDA's overloads.
-#define LMENGINE_ATOMIC(name, expression)                                       \
-  template <class T>                                                            \
-  inline T name(T* address, std::type_identity_t<T> value) {                    \
+#define LMENGINE_ATOMIC(name, expression)                                      \
+  template <class T>                                                           \
+  inline T name(T* address, std::type_identity_t<T> value) {                   \
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, #name ": no such atomic"); \
-    const T old = *address;                                                     \
-    *address = (expression);                                                    \
-    return old;                                                                 \
+    const T old = *address;                                                    \
+    *address = (expression);                                                   \
+    return old;                                                                \
   }
 LMENGINE_ATOMIC(atomicAdd, old + value)
 LMENGINE_ATOMIC(atomicSub, old - value)
@@ -140,7 +152,7 @@ LMENGINE_ATOMIC(atomicMax, old > value ? old : value)
 LMENGINE_ATOMIC(atomicMin, old < value ? old : value)
 LMENGINE_ATOMIC(atomicExch, value)
 LMENGINE_ATOMIC(atomicOr, old | value)
-LMENGINE_ATOMIC(atomicAnd, old & value)
+LMENGINE_ATOMIC(atomicAnd, old& value)
 #undef LMENGINE_ATOMIC
 template <class T>
 inline T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
@@ -151,15 +163,25 @@ inline T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_ident
 }
 
 template <class T>
-inline T __ldg(const T* address) { return *address; }
+inline T __ldg(const T* address) {
+  return *address;
+}
 template <class T>
-inline T __ldcg(const T* address) { return *address; }
+inline T __ldcg(const T* address) {
+  return *address;
+}
 template <class T>
-inline T __ldcs(const T* address) { return *address; }
+inline T __ldcs(const T* address) {
+  return *address;
+}
 template <class T>
-inline void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
+inline void __stcg(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
 template <class T>
-inline void __stcs(T* address, std::type_identity_t<T> value) { *address = value; }
+inline void __stcs(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
@@ -196,7 +218,7 @@ inline float __int_as_float(int x) { return lmengine::emulation::bits_as<float>(
 inline unsigned __float_as_uint(float x) { return lmengine::emulation::bits_as<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return lmengine::emulation::bits_as<float>(x); }
 
-#define LMENGINE_MIN_MAX(type)                                \
+#define LMENGINE_MIN_MAX(type)                              \
   inline type min(type a, type b) { return b < a ? b : a; } \
   inline type max(type a, type b) { return a < b ? b : a; }
 LMENGINE_MIN_MAX(int)

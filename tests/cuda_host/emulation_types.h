@@ -12,14 +12,10 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-#define LMENGINE_VECTORS(scalar, name)                                            \
-  struct alignas(2 * sizeof(scalar)) name##2 {                                    \
-    scalar x, y;                                                                  \
-  };                                                                              \
-  struct alignas(sizeof(scalar) < 8 ? 4 * sizeof(scalar) : 16) name##4 {          \
-    scalar x, y, z, w;                                                            \
-  };                                                                              \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }            \
+#define LMENGINE_VECTORS(scalar, name)                                                         \
+  struct alignas(2 * sizeof(scalar)) name##2 { scalar x, y; };                                 \
+  struct alignas(sizeof(scalar) < 8 ? 4 * sizeof(scalar) : 16) name##4 { scalar x, y, z, w; }; \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                         \
   inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 LMENGINE_VECTORS(float, float)
 LMENGINE_VECTORS(double, double)
@@ -35,7 +31,8 @@ inline uint16_t bfloat16_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >>
+                               16);  // to nearest, ties to even
 }
 
 inline float bfloat16_value(uint16_t bits) {
@@ -50,16 +47,18 @@ inline uint16_t half_bits(float value) {
   std::memcpy(&bits, &value, 4);
   const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return 0x7fff;                                   // NaN
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);    // 65520 and up: infinity
-  if (magnitude < 0x33000001) return static_cast<uint16_t>(sign);              // at most 2^-25: zero
+  if (magnitude > 0x7f800000) return 0x7fff;  // NaN
+  if (magnitude >= 0x477ff000)
+    return static_cast<uint16_t>(sign | 0x7c00);                   // 65520 and up: infinity
+  if (magnitude < 0x33000001) return static_cast<uint16_t>(sign);  // at most 2^-25: zero
   const int exponent = static_cast<int>(magnitude >> 23) - 127;
   const uint32_t mantissa = (magnitude & 0x7fffff) | 0x800000;
   const int dropped = exponent < -14 ? 13 + (-14 - exponent) : 13;  // a subnormal drops more bits
   uint32_t result = mantissa >> dropped;
   const uint32_t rest = mantissa & ((1u << dropped) - 1), middle = 1u << (dropped - 1);
   if (rest > middle || (rest == middle && (result & 1))) ++result;
-  if (exponent >= -14) result += static_cast<uint32_t>(exponent + 14) << 10;  // the hidden bit adds one more
+  if (exponent >= -14)
+    result += static_cast<uint32_t>(exponent + 14) << 10;  // the hidden bit adds one more
   return static_cast<uint16_t>(sign | result);
 }
 
@@ -71,7 +70,8 @@ inline float half_value(uint16_t bits) {
     value = static_cast<float>(mantissa) * 0x1p-24f;
     return sign ? -value : value;
   }
-  const uint32_t wide = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | (mantissa << 13);
+  const uint32_t wide =
+      sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | (mantissa << 13);
   std::memcpy(&value, &wide, 4);
   return value;
 }

@@ -1,0 +1,404 @@
+// The scheduler of the emulation: a fiber for each thread, run in turn on one operating system
+// thread, and the arithmetic of the matrix instruction. Compiled without sanitizers itself; the
+// kernels are compiled with them.
+#include "cuda_host/emulation.h"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#ifdef LMENGINE_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// void lmengine_switch_stack(void** save, void* load): saves the registers that a call preserves
+// and the stack pointer, and goes on where `load` was saved.
+extern "C" void lmengine_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.globl lmengine_switch_stack
+.hidden lmengine_switch_stack
+.type lmengine_switch_stack, @function
+lmengine_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size lmengine_switch_stack, .-lmengine_switch_stack
+)");
+
+namespace lmengine::emulation {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 4096;
+constexpr int kIdlePasses =
+    10000;  // of nothing but spinning threads, before that counts as a deadlock
+
+enum class State { ready, spinning, at_barrier, in_warp, exited };
+
+struct Copy {
+  void* destination;
+  unsigned char bytes[16];
+};
+
+struct Block;
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  void* fake_stack = nullptr;  // ASan's
+  unsigned char* stack = nullptr;
+  Block* block = nullptr;
+  uint3 thread;
+  int index = 0;
+  State state = State::ready;
+  const char* instruction = nullptr;
+  unsigned mask = 0;
+  void* argument = nullptr;
+  Location where;
+  std::vector<std::vector<Copy>> groups;  // the last one is open
+};
+
+struct Block {
+  uint3 index;
+  std::vector<Fiber> fibers;
+  unsigned char* shared = nullptr;
+  int at_barrier = 0;
+};
+
+const std::function<void()>* thread_body = nullptr;
+Fiber* current = nullptr;
+void* scheduler_stack_pointer = nullptr;
+size_t shared_size = 0;
+#ifdef LMENGINE_ASAN
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+#endif
+
+std::string name_of(const Fiber& fiber) {
+  const auto triple = [](uint3 i) {
+    return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) +
+           ")";
+  };
+  return "block " + triple(fiber.block->index) + " thread " + triple(fiber.thread);
+}
+
+std::string place(const Location& where) {
+  return std::string(where.file_name()) + ":" + std::to_string(where.line());
+}
+
+// Goes back to the scheduler; returns when this fiber's turn comes again.
+void suspend(State state) {
+  Fiber& fiber = *current;
+  fiber.state = state;
+#ifdef LMENGINE_ASAN
+  __sanitizer_start_switch_fiber(state == State::exited ? nullptr : &fiber.fake_stack,
+                                 scheduler_stack, scheduler_stack_bytes);
+#endif
+  lmengine_switch_stack(&fiber.stack_pointer, scheduler_stack_pointer);
+#ifdef LMENGINE_ASAN
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+}
+
+void fiber_main() {
+#ifdef LMENGINE_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+  (*thread_body)();
+  suspend(State::exited);
+  std::abort();
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  fiber.state = State::ready;
+  threadIdx = fiber.thread;
+  blockIdx = fiber.block->index;
+#ifdef LMENGINE_ASAN
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack, kStackBytes);
+#endif
+  lmengine_switch_stack(&scheduler_stack_pointer, fiber.stack_pointer);
+#ifdef LMENGINE_ASAN
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+  current = nullptr;
+}
+
+// Stacks are kept for the next block and never given back.
+unsigned char* stack_number(size_t number) {
+  static std::vector<unsigned char*> stacks;
+  while (stacks.size() <= number) {
+    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE))
+      fail("no memory for the threads' stacks");
+    stacks.push_back(static_cast<unsigned char*>(memory) + kGuardBytes);
+  }
+  return stacks[number];
+}
+
+void prepare(Fiber& fiber, size_t stack) {
+  fiber.stack = stack_number(stack);
+  // as lmengine_switch_stack leaves it: six registers, the return address, and one word so that at
+  // fiber_main's entry the stack pointer is 8 past a multiple of 16, as after a call
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 8;
+  for (int i = 0; i < 8; ++i) top[i] = nullptr;
+  top[6] = reinterpret_cast<void*>(&fiber_main);
+  fiber.stack_pointer = top;
+  fiber.groups.assign(1, {});
+}
+
+void fill(Block& block, uint3 index, size_t first_stack, unsigned char* shared) {
+  block.index = index;
+  block.shared = shared;
+  block.at_barrier = 0;
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  block.fibers.assign(threads, Fiber());
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = block.fibers[i];
+    fiber.block = &block;
+    fiber.index = static_cast<int>(i);
+    fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    prepare(fiber, first_stack + i);
+  }
+}
+
+[[noreturn]] void deadlock(const std::vector<Block>& blocks) {
+  std::string message = "no thread can go on:";
+  int lines = 0;
+  for (const Block& block : blocks) {
+    std::string previous;
+    for (const Fiber& fiber : block.fibers) {
+      std::string what;
+      if (fiber.state == State::exited) what = "has returned";
+      if (fiber.state == State::spinning) what = "waits in a loop";
+      if (fiber.state == State::at_barrier) what = "waits at __syncthreads, " + place(fiber.where);
+      if (fiber.state == State::in_warp) {
+        char mask[16];
+        std::snprintf(mask, sizeof mask, "%08x", fiber.mask);
+        what = std::string("waits at ") + fiber.instruction + " with mask " + mask + ", " +
+               place(fiber.where);
+      }
+      if (what != previous && ++lines <= 16) message += "\n  " + name_of(fiber) + " and on " + what;
+      previous = what;
+    }
+  }
+  fail(message);
+}
+
+bool reversed() {
+  const char* order = std::getenv("LMENGINE_EMULATION_ORDER");
+  if (!order || std::string(order) == "forward") return false;
+  if (std::string(order) != "reverse")
+    fail("LMENGINE_EMULATION_ORDER: expected forward or reverse");
+  return true;
+}
+
+// Runs all threads of the blocks to their end.
+void run_blocks(std::vector<Block>& blocks) {
+  const bool backwards = reversed();
+  size_t left = 0;
+  for (const Block& block : blocks) left += block.fibers.size();
+  for (int idle = 0; left;) {
+    bool ran = false, worked = false;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      Block& block = blocks[backwards ? blocks.size() - 1 - b : b];
+      for (size_t i = 0; i < block.fibers.size(); ++i) {
+        Fiber& fiber = block.fibers[backwards ? block.fibers.size() - 1 - i : i];
+        if (fiber.state != State::ready && fiber.state != State::spinning) continue;
+        resume(fiber);
+        ran = true;
+        worked = worked || fiber.state != State::spinning;
+        left -= fiber.state == State::exited;
+      }
+    }
+    idle = worked ? 0 : idle + 1;
+    if (!ran || idle > kIdlePasses) deadlock(blocks);
+  }
+}
+
+}  // namespace
+
+[[noreturn]] void fail(const std::string& message, const Location* where) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "CUDA emulation: %s", message.c_str());
+  if (where) std::fprintf(stderr, ", %s", place(*where).c_str());
+  if (current) std::fprintf(stderr, " (%s)", name_of(*current).c_str());
+  std::fprintf(stderr, "\n");
+  std::_Exit(70);
+}
+
+void sync_threads(const Location& where) {
+  Block& block = *current->block;
+  for (const Fiber& other : block.fibers) {
+    if (other.state == State::at_barrier && place(other.where) != place(where)) {
+      fail("divergent __syncthreads: " + name_of(other) + " waits at " + place(other.where),
+           &where);
+    }
+    if (other.state == State::at_barrier) break;
+  }
+  current->where = where;
+  if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
+    block.at_barrier = 0;
+    for (Fiber& other : block.fibers) other.state = State::ready;
+  } else {
+    suspend(State::at_barrier);
+  }
+}
+
+void warp_instruction(const char* name, unsigned mask, void* argument, Complete complete,
+                      const Location& where) {
+  Block& block = *current->block;
+  const int own_lane = current->index % 32, first = current->index - own_lane;
+  const int lanes = std::min(32, static_cast<int>(block.fibers.size()) - first);
+  if (!(mask >> own_lane & 1))
+    fail(std::string(name) + ": the calling lane is not in the mask", &where);
+  current->instruction = name;
+  current->mask = mask;
+  current->argument = argument;
+  current->where = where;
+  bool all_here = true;
+  for (int i = 0; i < lanes; ++i) {
+    const Fiber& other = block.fibers[first + i];
+    if (i == own_lane || !(mask >> i & 1)) continue;
+    if (other.state != State::in_warp || other.mask != mask) {
+      all_here = false;
+    } else if (std::string(other.instruction) != name) {
+      fail(std::string("divergent warp: ") + name + ", but " + name_of(other) + " is at " +
+               other.instruction + ", " + place(other.where),
+           &where);
+    }
+  }
+  if (!all_here) return suspend(State::in_warp);
+  void* arguments[32] = {};
+  for (int i = 0; i < lanes; ++i) {
+    if (!(mask >> i & 1)) continue;
+    arguments[i] = block.fibers[first + i].argument;
+    block.fibers[first + i].state = State::ready;
+  }
+  if (complete) complete(arguments);
+}
+
+void spin() { suspend(State::spinning); }
+
+unsigned char* shared_memory() { return current->block->shared; }
+
+void check_shared(const void* address, size_t bytes, const char* name, const Location& where) {
+  const unsigned char* begin = current->block->shared;
+  const unsigned char* wanted = static_cast<const unsigned char*>(address);
+  if (wanted < begin || wanted + bytes > begin + shared_size) {
+    fail(std::string(name) + ": address outside the block's " + std::to_string(shared_size) +
+             " bytes of shared memory, at offset " + std::to_string(wanted - begin),
+         &where);
+  }
+}
+
+void copy_later(void* shared, const unsigned char (&bytes)[16]) {
+  Copy copy{shared, {}};
+  std::memcpy(copy.bytes, bytes, 16);
+  current->groups.back().push_back(copy);
+}
+
+void close_group() { current->groups.emplace_back(); }
+
+void wait_groups(int pending) {
+  auto& groups = current->groups;
+  const int closed = static_cast<int>(groups.size()) - 1;
+  if (closed <= pending) return;
+  for (int i = 0; i < closed - pending; ++i) {
+    for (const Copy& copy : groups[i]) std::memcpy(copy.destination, copy.bytes, 16);
+  }
+  groups.erase(groups.begin(), groups.begin() + (closed - pending));
+}
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
+              const std::function<void()>& thread) {
+  if (current) fail("a kernel cannot launch another");
+  const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
+  const size_t count = static_cast<size_t>(grid.x) * grid.y * grid.z;
+  if (!threads || threads > 1024 || block.z > 64)
+    fail("kernel launch: a block has 1 to 1024 threads");
+  if (!count || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    fail("kernel launch: invalid grid size");
+  if (shared_bytes > 227 * 1024) fail("kernel launch: more than 227 KB of shared memory");
+  const size_t resident = cooperative ? count : 1;
+  if (resident > 16) fail("cooperative kernel launch: more blocks than are resident at a time");
+  thread_body = &thread;
+  gridDim = grid;
+  blockDim = block;
+  shared_size = shared_bytes;
+  std::vector<Block> blocks(resident);
+  std::vector<unsigned char*> shared(resident);
+  for (unsigned char*& memory : shared) {
+    void* allocated = nullptr;
+    if (posix_memalign(&allocated, 128, shared_bytes))
+      fail("no memory for the blocks' shared memory");
+    memory = static_cast<unsigned char*>(allocated);
+  }
+  const bool backwards = reversed();
+  for (size_t number = 0; number < count; number += resident) {
+    for (size_t i = 0; i < resident; ++i) {
+      const size_t n = backwards ? count - 1 - number - i : number + i;
+      const uint3 index{static_cast<unsigned>(n % grid.x),
+                        static_cast<unsigned>(n / grid.x % grid.y),
+                        static_cast<unsigned>(n / grid.x / grid.y)};
+      std::memset(shared[i], 0xff, shared_bytes);  // NaN in every floating-point type
+      fill(blocks[i], index, i * threads, shared[i]);
+    }
+    run_blocks(blocks);
+  }
+  for (unsigned char* memory : shared) std::free(memory);
+  thread_body = nullptr;
+}
+
+namespace {
+
+template <float (*value)(uint16_t)>
+void mma(void* const* arguments) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& fragments = *static_cast<MmaArguments*>(arguments[lane]);
+    const int group = lane / 4, pair = 2 * (lane % 4);
+    for (int i = 0; i < 8; ++i) {
+      a[group + (i / 2 % 2) * 8][pair + i % 2 + (i / 4) * 8] =
+          value(static_cast<uint16_t>(fragments.a[i / 2] >> (i % 2 * 16)));
+    }
+    for (int i = 0; i < 4; ++i) {
+      b[pair + i % 2 + (i / 2) * 8][group] =
+          value(static_cast<uint16_t>(fragments.b[i / 2] >> (i % 2 * 16)));
+    }
+  }
+  float product[16][8] = {};
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < 8; ++column) product[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* d = static_cast<MmaArguments*>(arguments[lane])->d;
+    const int group = lane / 4, pair = 2 * (lane % 4);
+    for (int i = 0; i < 4; ++i) d[i] += product[group + i / 2 * 8][pair + i % 2];
+  }
+}
+
+}  // namespace
+
+void mma_bfloat16(void* const* arguments) { mma<bfloat16_value>(arguments); }
+void mma_half(void* const* arguments) { mma<half_value>(arguments); }
+
+}  // namespace lmengine::emulation
