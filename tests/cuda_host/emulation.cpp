@@ -5,6 +5,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -76,7 +77,8 @@ struct Block {
   uint3 index;
   std::vector<Fiber> fibers;
   unsigned char* shared = nullptr;
-  int at_barrier = 0;
+  int at_barrier = 0;  // threads that wait there
+  Location barrier;
 };
 
 const std::function<void()>* thread_body = nullptr;
@@ -245,13 +247,12 @@ void run_blocks(std::vector<Block>& blocks) {
 
 void sync_threads(const Location& where) {
   Block& block = *current->block;
-  for (const Fiber& other : block.fibers) {
-    if (other.state == State::at_barrier && place(other.where) != place(where)) {
-      fail("divergent __syncthreads: " + name_of(other) + " waits at " + place(other.where),
-           &where);
-    }
-    if (other.state == State::at_barrier) break;
+  if (block.at_barrier && (block.barrier.line() != where.line() ||
+                           std::strcmp(block.barrier.file_name(), where.file_name()))) {
+    fail("divergent __syncthreads: other threads of the block wait at " + place(block.barrier),
+         &where);
   }
+  block.barrier = where;
   current->where = where;
   if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
     block.at_barrier = 0;
@@ -278,7 +279,7 @@ void warp_instruction(const char* name, unsigned mask, void* argument, Complete 
     if (i == own_lane || !(mask >> i & 1)) continue;
     if (other.state != State::in_warp || other.mask != mask) {
       all_here = false;
-    } else if (std::string(other.instruction) != name) {
+    } else if (std::strcmp(other.instruction, name)) {
       fail(std::string("divergent warp: ") + name + ", but " + name_of(other) + " is at " +
                other.instruction + ", " + place(other.where),
            &where);
