@@ -74,7 +74,19 @@ def build(family: str, sources: Sequence[Path] | None = None) -> Path:
 def _compile(source: Path, target: Path, flags: str) -> bool:
     """Compiles one source unless nothing it is made of has changed; says whether it did."""
     stamp, depends = target.with_suffix(".stamp"), target.with_suffix(".d")
-    command = [COMPILER, *shlex.split(flags), "-MD", "-MF", str(depends), "-x", "c++", "-c", str(source), "-o", str(target)]
+    command = [
+        COMPILER,
+        *shlex.split(flags),
+        "-MD",
+        "-MF",
+        str(depends),
+        "-x",
+        "c++",
+        "-c",
+        str(source),
+        "-o",
+        str(target),
+    ]
     if target.exists() and stamp.exists() and depends.exists() and stamp.read_text() == _digest(command, depends):
         return False
     _execute(command)
@@ -163,7 +175,9 @@ def run(
 
 
 def _runtime(name: str) -> str:
-    return subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _bytes(value: Any) -> bytes:
@@ -182,14 +196,20 @@ def _array(memory: bytes | None, value: Any) -> Any:
     assert memory is not None
     shape, dtype = value if isinstance(value, tuple) else (value.shape, value.dtype)
     if isinstance(dtype, torch.dtype):
-        return torch.frombuffer(bytearray(memory) or bytearray(1), dtype=torch.uint8)[: len(memory)].view(dtype).reshape(shape)
+        return (
+            torch.frombuffer(bytearray(memory) or bytearray(1), dtype=torch.uint8)[: len(memory)]
+            .view(dtype)
+            .reshape(shape)
+        )
     return np.frombuffer(memory, dtype=dtype).reshape(shape).copy()
 
 
 def _assert_same(first: Any, second: Any, tolerance: float, message: str) -> None:
     if first is None:
         return
-    a, b = (x.double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float64) for x in (first, second))
+    a, b = (
+        x.double().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float64) for x in (first, second)
+    )
     if tolerance == 0.0:
         if not np.array_equal(a, b, equal_nan=True):
             raise KernelError(f"{message}: a race between threads")

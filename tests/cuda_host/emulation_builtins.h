@@ -100,8 +100,9 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, 
 inline unsigned __ballot_sync(unsigned mask, int predicate, LMENGINE_WHERE) {
   const auto all = lmengine::emulation::gather("__ballot_sync", mask, predicate, where);
   unsigned result = 0;
-  for (int from = 0; from < 32; ++from)
-    result |= (all.present[from] && all.values[from] ? 1u : 0u) << from;
+  for (int from = 0; from < 32; ++from) {
+    if (all.present[from] && all.values[from]) result |= 1u << from;
+  }
   return result;
 }
 inline int __any_sync(unsigned mask, int predicate, LMENGINE_WHERE) {
@@ -116,8 +117,9 @@ template <class T>
 inline unsigned __match_any_sync(unsigned mask, T value, LMENGINE_WHERE) {
   const auto all = lmengine::emulation::gather("__match_any_sync", mask, value, where);
   unsigned result = 0;
-  for (int from = 0; from < 32; ++from)
-    result |= (all.present[from] && all.values[from] == value ? 1u : 0u) << from;
+  for (int from = 0; from < 32; ++from) {
+    if (all.present[from] && all.values[from] == value) result |= 1u << from;
+  }
   return result;
 }
 template <class T>
