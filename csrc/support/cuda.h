@@ -70,8 +70,12 @@ inline void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   static_assert(sizeof...(Parameters) == sizeof...(Arguments),
                 "the kernel takes another number of arguments");
   allow_shared_memory(kernel, shared_bytes);
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(arguments)...);
-  check(cudaGetLastError(), "kernel launch");
+  [&](Parameters... values) {
+    void* pointers[] = {static_cast<void*>(&values)..., nullptr};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                           shared_bytes, stream),
+          "kernel launch");
+  }(static_cast<Parameters>(arguments)...);
 }
 
 // The same for a kernel that uses grid_barrier: all its blocks are resident at a time, or the
