@@ -136,7 +136,9 @@ def triton_readings(family: str) -> list[Reading]:
         CACHE.mkdir(parents=True, exist_ok=True)
         if os.environ.get("TRITON_INTERPRET", "0") == "0":
             readings = [
-                _compile(family, c, architecture) for c in configurations(family) for architecture in ARCHITECTURES
+                compile_offline(family, c, architecture)
+                for c in configurations(family)
+                for architecture in ARCHITECTURES
             ]
             _store(cache, readings)
         else:  # the kernels of this process are the interpreter's
@@ -150,7 +152,7 @@ def triton_readings(family: str) -> list[Reading]:
     return _load(cache)
 
 
-def _compile(family: str, configuration: Any, architecture: int) -> Reading:
+def compile_offline(family: str, configuration: Any, architecture: int) -> Reading:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -258,7 +260,7 @@ def read_object(path: Path) -> dict[int, dict[str, dict[str, int]]]:
 
 
 def _architecture(sass: str, path: Path) -> int:
-    found = re.search(r"(?:arch = |EF_CUDA_|\.target\s+)(?:sm_|SM)(\d+)", sass)
+    found = re.search(r"(?:arch = |code for |EF_CUDA_)(?:sm_|SM)(\d+)", sass)
     if found is None:
         raise RuntimeError(f"cuobjdump does not say which architecture {path} is for")
     return int(found[1])
@@ -282,8 +284,7 @@ def _demangled(names: list[str]) -> dict[str, str]:
     readable = {}
     for name, line in zip(names, text.splitlines(), strict=True):
         line = line.replace("(anonymous namespace)::", "").removeprefix("void ")
-        short = re.sub(r"\((?!int\)|bool\)|unsigned).*", "", line) if "(" in line else line
-        readable[name] = re.sub(r"\((?:int|bool|unsigned int)\)", "", short)
+        readable[name] = re.sub(r"\((?:int|bool|long|unsigned int)\)", "", line).split("(")[0]
     return readable if len(set(readable.values())) == len(set(names)) else {name: name for name in names}
 
 
