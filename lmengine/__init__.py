@@ -4,8 +4,9 @@
 and `lmengine.explain` say which kernel runs. On the command line: `lmengine --help`.
 """
 
+from lmengine import nn
 from lmengine.backends import Explanation, UnsupportedCall, info, use_backend
 from lmengine.ops import explain
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "UnsupportedCall", "__version__", "explain", "info", "use_backend"]
+__all__ = ["Explanation", "UnsupportedCall", "__version__", "explain", "info", "nn", "use_backend"]

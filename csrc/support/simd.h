@@ -164,9 +164,10 @@ struct Vec {
 
 #endif
 
-// e^x within 2 units in the last place over the whole range; 0 below -104, infinity above 89.
+// e^x within 2 units in the last place over the whole range; 0 below -104, infinity above 89. The
+// order of the arguments of min and max lets a NaN through.
 inline Vec exp(Vec x) {
-  x = max(min(x, Vec::set(89.0f)), Vec::set(-104.0f));
+  x = max(Vec::set(-104.0f), min(Vec::set(89.0f), x));
   const Vec n = round(x * Vec::set(1.44269504088896341f));
   Vec r = fnma(n, Vec::set(0.693359375f), x);
   r = fnma(n, Vec::set(-2.12194440e-4f), r);
@@ -188,7 +189,7 @@ inline Vec sigmoid(Vec x) {
 // tanh as a rational function of x (Eigen's and Cephes' form), within a few units in the last
 // place.
 inline Vec tanh(Vec x) {
-  x = max(min(x, Vec::set(7.90531110763549805f)), Vec::set(-7.90531110763549805f));
+  x = max(Vec::set(-7.90531110763549805f), min(Vec::set(7.90531110763549805f), x));
   const Vec x2 = x * x;
   Vec p = Vec::set(-2.76076847742355e-16f);
   p = fma(p, x2, Vec::set(2.00018790482477e-13f));

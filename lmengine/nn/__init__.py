@@ -1,1 +1,5 @@
-""""""
+"""Drop-in layers."""
+
+from lmengine.nn import functional
+
+__all__ = ["functional"]

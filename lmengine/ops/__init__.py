@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lmengine.backends import OPERATORS, Explanation
+from lmengine.ops.attention import attention
+
+__all__ = ["attention", "explain"]
 
 
 def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

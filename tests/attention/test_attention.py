@@ -1,0 +1,198 @@
+"""Attention on every backend that this machine can use, against float64, beside PyTorch's own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lmengine
+from lmengine.backends import UnsupportedCall, unusable
+from lmengine.nn.functional import scaled_dot_product_attention
+from lmengine.ops.attention import attention, reference
+from tests.numerics import assert_right
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BACKENDS = ["cuda", "triton"] if GPU else ["cpu"]
+DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if GPU else [])
+pytestmark = pytest.mark.skipif(not GPU and unusable("cpu") is not None, reason=str(unusable("cpu")))
+
+# batch, heads, query length, key length, head_dim
+SHAPES = [
+    (2, 3, 64, 64, 32),
+    (1, 2, 129, 129, 64),
+    (2, 1, 1, 1, 16),
+    (1, 1, 300, 300, 128),
+    (3, 2, 50, 70, 40),
+    (1, 2, 97, 33, 24),
+    (1, 1, 1, 260, 72),
+    (1, 9, 7, 13, 16),
+]
+
+
+def inputs(shape, dtype, *, grad=True, magnitude=1.0):
+    batch, heads, queries, keys, dim = shape
+    made = []
+    for length in (queries, keys, keys):
+        # laid out as a layer makes them: the heads stand side by side in a row
+        tensor = (torch.randn(batch, length, heads, dim, device=DEVICE) * magnitude).to(dtype).transpose(1, 2)
+        made.append(tensor.requires_grad_(grad))
+    return made
+
+
+def results(function, tensors, grad_output):
+    output = function(*tensors)
+    return [output, *torch.autograd.grad(output, tensors, grad_output.to(output.dtype))]
+
+
+def check_right(tensors, is_causal, scale=None, tiny=2e-6):
+    grad = torch.randn_like(tensors[0])
+    ours = results(lambda q, k, v: attention(q, k, v, is_causal, scale), tensors, grad)
+    theirs = results(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale), tensors, grad
+    )
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    right = results(lambda q, k, v: reference(q, k, v, is_causal, scale), wide, grad)
+    for name, mine, other, ref in zip(
+        ("output", "grad query", "grad key", "grad value"), ours, theirs, right, strict=True
+    ):
+        assert_right(mine, other, ref, tiny=tiny * max(1.0, ref.abs().max().item()), name=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients(backend, dtype, is_causal, shape):
+    with lmengine.use_backend(backend):
+        check_right(inputs(shape, dtype), is_causal)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_any_scale(backend, scale):
+    with lmengine.use_backend(backend):
+        check_right(inputs((2, 2, 60, 60, 32), torch.float32), True, scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_magnitudes_neither_overflow_nor_lose_rows(backend):
+    tensors = inputs((1, 2, 150, 150, 32), torch.float32, magnitude=100.0)
+    with lmengine.use_backend(backend):
+        check_right(tensors, True, tiny=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transposed_and_sliced_tensors(backend):
+    query, key, value = inputs((2, 2, 40, 40, 64), torch.float32, grad=False)
+    columns = [t.transpose(2, 3).contiguous().transpose(2, 3)[..., ::2].requires_grad_() for t in (query, key, value)]
+    with lmengine.use_backend(backend):
+        check_right(columns, True)
+        broadcast = query[:, :1].expand(2, 2, 40, 64)
+        torch.testing.assert_close(attention(broadcast, key, value), attention(broadcast.clone(), key, value))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5, 16), (2, 0, 5, 5, 16), (2, 2, 0, 5, 16), (2, 2, 5, 0, 16)], ids=str)
+def test_empty_dimensions(backend, shape):
+    tensors = inputs(shape, torch.float32)
+    with lmengine.use_backend(backend):
+        output = attention(*tensors)
+        grads = torch.autograd.grad(output.sum(), tensors)
+    assert output.shape == tensors[0].shape
+    assert (output == 0).all()  # a query without keys gives 0
+    assert all((grad == 0).all() and grad.shape == tensor.shape for grad, tensor in zip(grads, tensors, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_stays_in_its_row_and_is_not_hidden(backend):
+    query, key, value = inputs((1, 1, 70, 70, 32), torch.float32, grad=False)
+    clean = attention(query, key, value, True)
+    query[0, 0, 30, 3] = torch.nan
+    with lmengine.use_backend(backend):
+        output = attention(query, key, value, True)
+    assert output[0, 0, 30].isnan().all()
+    rest = [i for i in range(70) if i != 30]
+    torch.testing.assert_close(output[0, 0, rest], clean[0, 0, rest])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_heads_are_shared_by_the_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_right(inputs((1, 1, 500, 500, 32), torch.float32), True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    query, key, value = inputs((2, 2, 9, 9, 16), dtype)
+    for is_causal in (False, True):
+        torch.library.opcheck(torch.ops.lmengine.attention_forward.default, (query, key, value, is_causal, 0.25))
+
+
+def test_compile_without_graph_breaks():
+    torch._dynamo.reset()
+    tensors = inputs((2, 2, 33, 33, 32), torch.float32)
+    grad = torch.randn_like(tensors[0])
+
+    def layer(q, k, v):
+        return scaled_dot_product_attention(q * 2, k, v, is_causal=True).sin()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(results(compiled, tensors, grad), results(layer, tensors, grad), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_other_ranks_and_the_unsupported_arguments_of_the_function():
+    query, key, value = (torch.randn(4, 6, 16) for _ in range(3))
+    torch.testing.assert_close(
+        scaled_dot_product_attention(query, key, value), F.scaled_dot_product_attention(query, key, value)
+    )
+    for argument in ({"attn_mask": torch.ones(6, 6)}, {"dropout_p": 0.1}, {"enable_gqa": True}):
+        with pytest.raises(NotImplementedError, match=next(iter(argument))):
+            scaled_dot_product_attention(query, key, value, **argument)
+
+
+def test_wrong_arguments_are_named():
+    query = torch.randn(2, 3, 4, 16)
+    with pytest.raises(ValueError, match=r"key: expected \(2, 3, 4, 16\), got \(2, 3, 4, 8\)"):
+        attention(query, torch.randn(2, 3, 4, 8), query)
+    with pytest.raises(TypeError, match=r"value: expected torch.float32, got torch.float64"):
+        attention(query, query, query.double())
+    with pytest.raises(ValueError, match=r"query: expected \(batch, heads, length, head_dim\), got \(4, 16\)"):
+        attention(query[0, 0], query, query)
+    with pytest.raises(TypeError, match="key: expected a tensor, got str"):
+        attention(query, "key", query)
+
+
+def test_a_head_dim_that_no_kernel_has_is_refused_by_name_and_done_by_the_reference():
+    query = torch.randn(1, 1, 4, 12)
+    with lmengine.use_backend(BACKENDS[0] if not GPU else "cpu"), pytest.raises(UnsupportedCall, match="head_dim"):
+        attention(query, query, query)
+    found = lmengine.explain("attention", query, query, query)
+    assert found.backend == "reference"
+    assert "head_dim" in found.reasons["cpu"]
+
+
+@pytest.mark.skipif(GPU, reason="the CPU kernels are tested on machines without a GPU")
+@pytest.mark.parametrize("instructions", ["avx2", "avx512"])
+def test_older_processors(instructions):
+    code = (
+        "import torch, lmengine, tests.attention.test_attention as t\n"
+        "torch.manual_seed(0)\n"
+        "print(lmengine.info()['instruction set'])\n"
+        "with lmengine.use_backend('cpu'):\n"
+        "    for dtype in (torch.float32, torch.bfloat16):\n"
+        "        for shape in t.SHAPES:\n"
+        "            t.check_right(t.inputs(shape, dtype), True)\n"
+    )
+    environment = {**os.environ, "LMENGINE_ISA": instructions}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] in (instructions, "avx2")
