@@ -29,3 +29,4 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
 
 
 from lmengine.ops import cooccurrence as cooccurrence  # noqa: E402
+from lmengine.ops import embedding as embedding  # noqa: E402
