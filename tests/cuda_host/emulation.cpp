@@ -14,6 +14,10 @@
 #ifdef LMENGINE_ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
+#ifdef LMENGINE_TSAN
+#include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_write_range(void* address, unsigned long bytes);
+#endif
 
 // void lmengine_switch_stack(void** save, void* load): saves the registers that a call preserves
 // and the stack pointer, and goes on where `load` was saved.
@@ -61,6 +65,7 @@ struct Block;
 struct Fiber {
   void* stack_pointer = nullptr;
   void* fake_stack = nullptr;  // ASan's
+  void* tsan = nullptr;        // TSan's idea of this thread
   unsigned char* stack = nullptr;
   Block* block = nullptr;
   uint3 thread;
@@ -80,6 +85,19 @@ struct Block {
   int at_barrier = 0;  // threads that wait there
   Location barrier;
 };
+
+// What orders memory accesses, said to ThreadSanitizer: what was done before release(x) comes
+// before what is done after acquire(x). Nothing else orders them, so two threads' accesses between
+// barriers are a race.
+#ifdef LMENGINE_TSAN
+void release(void* order) { __tsan_release(order); }
+void acquire(void* order) { __tsan_acquire(order); }
+#else
+void release(void*) {}
+void acquire(void*) {}
+#endif
+char start_order, end_order, fence_order;
+void* scheduler_tsan = nullptr;
 
 const std::function<void()>* thread_body = nullptr;
 Fiber* current = nullptr;
@@ -111,6 +129,9 @@ void suspend(State state) {
   __sanitizer_start_switch_fiber(state == State::exited ? nullptr : &fiber.fake_stack,
                                  scheduler_stack, scheduler_stack_bytes);
 #endif
+#ifdef LMENGINE_TSAN
+  __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
+#endif
   lmengine_switch_stack(&fiber.stack_pointer, scheduler_stack_pointer);
 #ifdef LMENGINE_ASAN
   __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
@@ -121,7 +142,11 @@ void fiber_main() {
 #ifdef LMENGINE_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
+  acquire(&start_order);
+  acquire(current->block);  // the block before that had this memory
   (*thread_body)();
+  release(current->block);
+  release(&end_order);
   suspend(State::exited);
   std::abort();
 }
@@ -134,6 +159,9 @@ void resume(Fiber& fiber) {
 #ifdef LMENGINE_ASAN
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack, kStackBytes);
 #endif
+#ifdef LMENGINE_TSAN
+  __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
   lmengine_switch_stack(&scheduler_stack_pointer, fiber.stack_pointer);
 #ifdef LMENGINE_ASAN
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
@@ -141,21 +169,32 @@ void resume(Fiber& fiber) {
   current = nullptr;
 }
 
-// Stacks are kept for the next block and never given back.
-unsigned char* stack_number(size_t number) {
-  static std::vector<unsigned char*> stacks;
-  while (stacks.size() <= number) {
+// A stack, and ThreadSanitizer's idea of a thread; kept for the next block and never given back.
+struct Slot {
+  unsigned char* stack = nullptr;
+  void* tsan = nullptr;
+};
+
+Slot slot_number(size_t number) {
+  static std::vector<Slot> slots;
+  while (slots.size() <= number) {
+    Slot slot;
     void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE))
       fail("no memory for the threads' stacks");
-    stacks.push_back(static_cast<unsigned char*>(memory) + kGuardBytes);
+    slot.stack = static_cast<unsigned char*>(memory) + kGuardBytes;
+#ifdef LMENGINE_TSAN
+    slot.tsan = __tsan_create_fiber(0);
+#endif
+    slots.push_back(slot);
   }
-  return stacks[number];
+  return slots[number];
 }
 
-void prepare(Fiber& fiber, size_t stack) {
-  fiber.stack = stack_number(stack);
+void prepare(Fiber& fiber, const Slot& slot) {
+  fiber.stack = slot.stack;
+  fiber.tsan = slot.tsan;
   // as lmengine_switch_stack leaves it: six registers, the return address, and one word so that at
   // fiber_main's entry the stack pointer is 8 past a multiple of 16, as after a call
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 8;
@@ -165,9 +204,11 @@ void prepare(Fiber& fiber, size_t stack) {
   fiber.groups.assign(1, {});
 }
 
-void fill(Block& block, uint3 index, size_t first_stack, unsigned char* shared) {
+void fill(Block& block, uint3 index, size_t first_slot) {
   block.index = index;
-  block.shared = shared;
+  // NaN in every floating-point type; volatile, so that it is no call that ThreadSanitizer sees
+  for (size_t i = 0; i < shared_size; ++i)
+    const_cast<volatile unsigned char*>(block.shared)[i] = 0xff;
   block.at_barrier = 0;
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   block.fibers.assign(threads, Fiber());
@@ -176,7 +217,7 @@ void fill(Block& block, uint3 index, size_t first_stack, unsigned char* shared) 
     fiber.block = &block;
     fiber.index = static_cast<int>(i);
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-    prepare(fiber, first_stack + i);
+    prepare(fiber, slot_number(first_slot + i));
   }
 }
 
@@ -253,6 +294,7 @@ void sync_threads(const Location& where) {
          &where);
   }
   block.barrier = where;
+  release(&block.barrier);
   current->where = where;
   if (++block.at_barrier == static_cast<int>(block.fibers.size())) {
     block.at_barrier = 0;
@@ -260,6 +302,7 @@ void sync_threads(const Location& where) {
   } else {
     suspend(State::at_barrier);
   }
+  acquire(&block.barrier);
 }
 
 void warp_instruction(const char* name, unsigned mask, void* argument, Complete complete,
@@ -285,7 +328,14 @@ void warp_instruction(const char* name, unsigned mask, void* argument, Complete 
            &where);
     }
   }
-  if (!all_here) return suspend(State::in_warp);
+  const bool orders_memory = complete == nullptr;  // a __syncwarp; shuffles promise nothing
+  if (orders_memory) release(&block.fibers[first]);
+  if (!all_here) {
+    suspend(State::in_warp);
+    if (orders_memory) acquire(&block.fibers[first]);
+    return;
+  }
+  if (orders_memory) acquire(&block.fibers[first]);
   void* arguments[32] = {};
   for (int i = 0; i < lanes; ++i) {
     if (!(mask >> i & 1)) continue;
@@ -293,6 +343,11 @@ void warp_instruction(const char* name, unsigned mask, void* argument, Complete 
     block.fibers[first + i].state = State::ready;
   }
   if (complete) complete(arguments);
+}
+
+void thread_fence() {
+  release(&fence_order);
+  acquire(&fence_order);
 }
 
 void spin() { suspend(State::spinning); }
@@ -322,7 +377,12 @@ void wait_groups(int pending) {
   const int closed = static_cast<int>(groups.size()) - 1;
   if (closed <= pending) return;
   for (int i = 0; i < closed - pending; ++i) {
-    for (const Copy& copy : groups[i]) std::memcpy(copy.destination, copy.bytes, 16);
+    for (const Copy& copy : groups[i]) {
+      std::memcpy(copy.destination, copy.bytes, 16);
+#ifdef LMENGINE_TSAN
+      __tsan_write_range(copy.destination, 16);
+#endif
+    }
   }
   groups.erase(groups.begin(), groups.begin() + (closed - pending));
 }
@@ -343,27 +403,36 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
   gridDim = grid;
   blockDim = block;
   shared_size = shared_bytes;
-  std::vector<Block> blocks(resident);
-  std::vector<unsigned char*> shared(resident);
-  for (unsigned char*& memory : shared) {
-    void* allocated = nullptr;
-    if (posix_memalign(&allocated, 128, shared_bytes))
-      fail("no memory for the blocks' shared memory");
-    memory = static_cast<unsigned char*>(allocated);
+#ifdef LMENGINE_TSAN
+  scheduler_tsan = __tsan_get_current_fiber();
+#endif
+  // two sets in turn: neighbouring blocks then are different threads to ThreadSanitizer
+  std::vector<Block> sets[2] = {std::vector<Block>(resident), std::vector<Block>(resident)};
+  for (std::vector<Block>& set : sets) {
+    for (Block& member : set) {
+      void* allocated = nullptr;
+      if (posix_memalign(&allocated, 128, shared_bytes))
+        fail("no memory for the blocks' shared memory");
+      member.shared = static_cast<unsigned char*>(allocated);
+    }
   }
+  release(&start_order);
   const bool backwards = reversed();
   for (size_t number = 0; number < count; number += resident) {
+    const size_t which = number / resident % 2;
     for (size_t i = 0; i < resident; ++i) {
       const size_t n = backwards ? count - 1 - number - i : number + i;
       const uint3 index{static_cast<unsigned>(n % grid.x),
                         static_cast<unsigned>(n / grid.x % grid.y),
                         static_cast<unsigned>(n / grid.x / grid.y)};
-      std::memset(shared[i], 0xff, shared_bytes);  // NaN in every floating-point type
-      fill(blocks[i], index, i * threads, shared[i]);
+      fill(sets[which][i], index, (which * resident + i) * threads);
     }
-    run_blocks(blocks);
+    run_blocks(sets[which]);
+    acquire(&end_order);
   }
-  for (unsigned char* memory : shared) std::free(memory);
+  for (std::vector<Block>& set : sets) {
+    for (Block& member : set) std::free(member.shared);
+  }
   thread_body = nullptr;
 }
 

@@ -53,6 +53,9 @@ using Complete = void (*)(void* const* arguments);
 void warp_instruction(const char* name, unsigned mask, void* argument, Complete complete,
                       const Location& where);
 
+// Orders what this thread wrote before what other threads do after their own fence.
+void thread_fence();
+
 // Lets all other threads run before this one goes on: for loops that wait for another block.
 void spin();
 
@@ -115,7 +118,7 @@ inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 bl
 inline void zero(void* memory, size_t bytes, cudaStream_t) { std::memset(memory, 0, bytes); }
 
 inline unsigned load_acquire(const unsigned* address) {
-  return *static_cast<const volatile unsigned*>(address);
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
 
 inline void spin_pause() { emulation::spin(); }

@@ -12,8 +12,8 @@ inline void __syncwarp(unsigned mask = 0xffffffff, lmengine::emulation::Location
   lmengine::emulation::warp_instruction("__syncwarp", mask, nullptr, nullptr, where);
 }
 
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __threadfence() { lmengine::emulation::thread_fence(); }
+inline void __threadfence_block() { lmengine::emulation::thread_fence(); }
 
 namespace lmengine::emulation {
 
@@ -31,7 +31,7 @@ inline Gathered<T> gather(const char* name, unsigned mask, T value, const Locati
   mine.value = value;
   warp_instruction(
       name, mask, &mine,
-      [](void* const* arguments) {
+      [](void* const* arguments) __attribute__((no_sanitize_thread)) {
         for (int to = 0; to < 32; ++to) {
           if (!arguments[to]) continue;
           auto& receiver = *static_cast<Gathered<T>*>(arguments[to]);
@@ -144,8 +144,10 @@ inline T __reduce_min_sync(unsigned mask, T value, LMENGINE_WHERE) {
   template <class T>                                                           \
   inline T name(T* address, std::type_identity_t<T> value) {                   \
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, #name ": no such atomic"); \
-    const T old = *address;                                                    \
-    *address = (expression);                                                   \
+    T old;                                                                     \
+    __atomic_load(address, &old, __ATOMIC_RELAXED);                            \
+    T wanted = (expression);                                                   \
+    __atomic_store(address, &wanted, __ATOMIC_RELAXED);                        \
     return old;                                                                \
   }
 LMENGINE_ATOMIC(atomicAdd, old + value)
@@ -159,8 +161,8 @@ LMENGINE_ATOMIC(atomicAnd, old& value)
 template <class T>
 inline T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>, "atomicCAS takes integers");
-  const T old = *address;
-  if (old == expected) *address = value;
+  const T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  if (old == expected) __atomic_store_n(address, value, __ATOMIC_RELAXED);
   return old;
 }
 

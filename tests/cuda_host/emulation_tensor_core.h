@@ -45,7 +45,7 @@ struct LdmatrixArguments {
 };
 
 template <int matrices, bool transposed>
-inline void ldmatrix_complete(void* const* arguments) {
+__attribute__((no_sanitize_thread)) inline void ldmatrix_complete(void* const* arguments) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int matrix = 0; matrix < matrices; ++matrix) {
       uint16_t pair[2];
