@@ -10,6 +10,7 @@ in the order of `inputs` and then `outputs`, and after them the numbers: an int 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -30,11 +31,12 @@ FOLDER = Path(__file__).resolve().parent
 COMPILER = os.environ.get("CXX", "g++")
 COMMON = f"-std=c++20 -g -fPIC -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas -DLMENGINE_HOST_EMULATION -I{ROOT / 'csrc'} -I{ROOT / 'tests'}"
 # optimised and not instrumented: the scheduler and the matrix instruction's arithmetic
-EMULATION = f"{COMMON} -O3 -mavx2 -mfma -DLMENGINE_ASAN"
-KERNELS = (
-    f"{COMMON} -O1 -mavx2 -mfma -fno-strict-aliasing -fno-omit-frame-pointer"
-    " -fsanitize=address,undefined -fno-sanitize-recover=all"
-)
+EMULATION = f"{COMMON} -O3 -mavx2 -mfma"
+KERNELS = f"{COMMON} -O1 -mavx2 -mfma -fno-strict-aliasing -fno-omit-frame-pointer"
+# what each kind of library is compiled with, and the run-time library that its process has to load first
+SANITIZERS = {"memory": "-fsanitize=address,undefined -fno-sanitize-recover=all", "races": "-fsanitize=thread"}
+DEFINES = {"memory": "-DLMENGINE_ASAN", "races": "-DLMENGINE_TSAN"}
+RUNTIMES = {"memory": "libasan.so", "races": "libtsan.so"}
 ORDERS = ("forward", "reverse")
 
 
@@ -42,12 +44,14 @@ class KernelError(AssertionError):
     """A kernel did something that a GPU may punish; the message holds the sanitizer's or the emulation's report."""
 
 
-def build(family: str, sources: Sequence[Path] | None = None) -> Path:
+def build(family: str, sources: Sequence[Path] | None = None, kind: str = "memory") -> Path:
     """Compiles a family's CUDA kernels for the CPU and returns the shared library, from a cache where it can.
 
     Args:
         family: the family's name.
         sources: other sources in place of the family's .cu file and tests/<family>/cuda_host.cpp.
+        kind: "memory" for AddressSanitizer and UBSan; "races" for ThreadSanitizer, which reports accesses of two
+            threads to the same memory, shared or global, that no barrier, fence or atomic orders.
 
     Raises:
         KernelError: the sources do not compile.
@@ -56,17 +60,19 @@ def build(family: str, sources: Sequence[Path] | None = None) -> Path:
         sources = [ROOT / "csrc" / family / f"{family}_sm80.cu", ROOT / "tests" / family / "cuda_host.cpp"]
     folder = ROOT / "build" / "cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{family}.so"
-    with open(folder / f"{family}.lock", "w") as lock:
+    library = folder / f"{family}.{kind}.so"
+    with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other pytest processes build the same
+        objects = {FOLDER / "emulation.cpp": folder / f"{family}.{kind}.emulation.o"}
+        objects |= {source: folder / f"{family}.{kind}.{source.name}.o" for source in sources}
         changed = [
-            _compile(FOLDER / "emulation.cpp", folder / f"{family}.emulation.o", EMULATION),
-            *(_compile(source, folder / f"{family}.{source.name}.o", KERNELS) for source in sources),
+            _compile(source, target, f"{EMULATION} {DEFINES[kind]}" if index == 0 else f"{KERNELS} {SANITIZERS[kind]}")
+            for index, (source, target) in enumerate(objects.items())
         ]
         if any(changed) or not library.exists():
-            objects = [str(folder / f"{family}.emulation.o"), *(str(folder / f"{family}.{s.name}.o") for s in sources)]
-            fresh = folder / f"{family}.{os.getpid()}.so"
-            _execute([COMPILER, "-shared", "-fsanitize=address,undefined", *objects, "-o", str(fresh)])
+            fresh = folder / f"{family}.{kind}.{os.getpid()}.so"
+            command = [COMPILER, "-shared", *SANITIZERS[kind].split(), *map(str, objects.values()), "-o", str(fresh)]
+            _execute(command)
             fresh.replace(library)
     return library
 
@@ -115,7 +121,7 @@ def run(
     outputs: Mapping[str, Any],
     *numbers: int | float,
     tolerance: float = 0.0,
-    orders: Sequence[str] = ORDERS,
+    orders: Sequence[str] | None = None,
     timeout: float = 120.0,
 ) -> dict[str, Any]:
     """Calls a function of a built library in a child process, once with the threads in each order.
@@ -129,12 +135,15 @@ def run(
         numbers: the function's numbers, after all its pointers.
         tolerance: by how much, relative to the largest value, results may differ between the orders. More than 0 only
             where atomics add in no fixed order.
-        orders: "forward", "reverse": which thread and which block goes first.
+        orders: "forward", "reverse": which thread and which block goes first. By default both, and one under
+            ThreadSanitizer, which needs no second order to see a race.
         timeout: seconds that the child may take.
 
     Raises:
         KernelError: a report of a sanitizer or the emulation, a changed input, results that depend on the order.
     """
+    if orders is None:
+        orders = ORDERS[:1] if library.suffixes[-2:] == [".races", ".so"] else ORDERS
     pointers: list[tuple[str, bytes | int | None]] = []
     for name, value in inputs.items():
         pointers.append((name, None if value is None else _bytes(value)))
@@ -143,16 +152,20 @@ def run(
     with tempfile.TemporaryDirectory(prefix="lmengine-") as folder:
         request, answer = Path(folder) / "request", Path(folder) / "answer"
         request.write_bytes(pickle.dumps((str(library), function, pointers, numbers, tuple(orders))))
-        preload = [_runtime("libasan.so"), _runtime("libstdc++.so")]
+        kind = library.name.split(".")[-2]
+        preload = [_runtime(RUNTIMES[kind]), _runtime("libstdc++.so")]
         environment = {
             **os.environ,
             "LD_PRELOAD": " ".join(preload),
             "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
+            "TSAN_OPTIONS": "halt_on_error=1",
         }
         command = [sys.executable, "-I", str(FOLDER / "child.py"), str(request), str(answer)]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=timeout, preexec_fn=_fix_addresses
+            )
         except subprocess.TimeoutExpired as error:
             raise KernelError(f"{function}: still running after {timeout} s") from error
         if done.returncode or not answer.exists():
@@ -172,6 +185,11 @@ def run(
         for order, other in zip(orders[1:], results[1:], strict=True):
             _assert_same(results[0][name], other[name], tolerance, f"{function}: {name!r} differs in {order} order")
     return results[0]
+
+
+def _fix_addresses() -> None:
+    """Keeps the kernel from scattering memory, which ThreadSanitizer's layout cannot always bear."""
+    ctypes.CDLL(None).personality(0x0040000)  # ADDR_NO_RANDOMIZE
 
 
 def _runtime(name: str) -> str:

@@ -60,6 +60,15 @@ struct Copy {
   unsigned char bytes[16];
 };
 
+// A thread's copies under way, oldest first. Plain memory: ThreadSanitizer watches the heap.
+struct Queue {
+  static constexpr int kCopies = 4096;
+  Copy copies[kCopies];
+  int group_of[kCopies];
+  int count;
+  int open_group;
+};
+
 struct Block;
 
 struct Fiber {
@@ -75,7 +84,7 @@ struct Fiber {
   unsigned mask = 0;
   void* argument = nullptr;
   Location where;
-  std::vector<std::vector<Copy>> groups;  // the last one is open
+  Queue* queue = nullptr;
 };
 
 struct Block {
@@ -84,6 +93,8 @@ struct Block {
   unsigned char* shared = nullptr;
   int at_barrier = 0;  // threads that wait there
   Location barrier;
+  int use = 0;  // how many blocks had this memory before
+  char used[2];
 };
 
 // What orders memory accesses, said to ThreadSanitizer: what was done before release(x) comes
@@ -143,9 +154,10 @@ void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
   acquire(&start_order);
-  acquire(current->block);  // the block before that had this memory
+  Block& block = *current->block;
+  acquire(&block.used[(block.use + 1) % 2]);  // by the block before that had this memory
   (*thread_body)();
-  release(current->block);
+  release(&block.used[block.use % 2]);
   release(&end_order);
   suspend(State::exited);
   std::abort();
@@ -169,9 +181,11 @@ void resume(Fiber& fiber) {
   current = nullptr;
 }
 
-// A stack, and ThreadSanitizer's idea of a thread; kept for the next block and never given back.
+// A thread's stack, its copies and ThreadSanitizer's idea of it; kept for the next block and never
+// given back.
 struct Slot {
   unsigned char* stack = nullptr;
+  Queue* queue = nullptr;
   void* tsan = nullptr;
 };
 
@@ -179,11 +193,12 @@ Slot slot_number(size_t number) {
   static std::vector<Slot> slots;
   while (slots.size() <= number) {
     Slot slot;
-    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, kGuardBytes + kStackBytes + sizeof(Queue), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE))
       fail("no memory for the threads' stacks");
     slot.stack = static_cast<unsigned char*>(memory) + kGuardBytes;
+    slot.queue = reinterpret_cast<Queue*>(slot.stack + kStackBytes);
 #ifdef LMENGINE_TSAN
     slot.tsan = __tsan_create_fiber(0);
 #endif
@@ -201,11 +216,13 @@ void prepare(Fiber& fiber, const Slot& slot) {
   for (int i = 0; i < 8; ++i) top[i] = nullptr;
   top[6] = reinterpret_cast<void*>(&fiber_main);
   fiber.stack_pointer = top;
-  fiber.groups.assign(1, {});
+  slot.queue->count = slot.queue->open_group = 0;
+  fiber.queue = slot.queue;
 }
 
 void fill(Block& block, uint3 index, size_t first_slot) {
   block.index = index;
+  ++block.use;
   // NaN in every floating-point type; volatile, so that it is no call that ThreadSanitizer sees
   for (size_t i = 0; i < shared_size; ++i)
     const_cast<volatile unsigned char*>(block.shared)[i] = 0xff;
@@ -365,26 +382,30 @@ void check_shared(const void* address, size_t bytes, const char* name, const Loc
 }
 
 void copy_later(void* shared, const unsigned char (&bytes)[16]) {
-  Copy copy{shared, {}};
-  std::memcpy(copy.bytes, bytes, 16);
-  current->groups.back().push_back(copy);
+  Queue& queue = *current->queue;
+  if (queue.count == Queue::kCopies) fail("cp_async_16: too many copies under way");
+  queue.copies[queue.count].destination = shared;
+  std::memcpy(queue.copies[queue.count].bytes, bytes, 16);
+  queue.group_of[queue.count++] = queue.open_group;
 }
 
-void close_group() { current->groups.emplace_back(); }
+void close_group() { ++current->queue->open_group; }
 
 void wait_groups(int pending) {
-  auto& groups = current->groups;
-  const int closed = static_cast<int>(groups.size()) - 1;
-  if (closed <= pending) return;
-  for (int i = 0; i < closed - pending; ++i) {
-    for (const Copy& copy : groups[i]) {
-      std::memcpy(copy.destination, copy.bytes, 16);
+  Queue& queue = *current->queue;
+  int kept = 0;
+  for (int i = 0; i < queue.count; ++i) {
+    if (queue.group_of[i] < queue.open_group - pending) {
+      std::memcpy(queue.copies[i].destination, queue.copies[i].bytes, 16);
 #ifdef LMENGINE_TSAN
-      __tsan_write_range(copy.destination, 16);
+      __tsan_write_range(queue.copies[i].destination, 16);
 #endif
+    } else {
+      queue.copies[kept] = queue.copies[i];
+      queue.group_of[kept++] = queue.group_of[i];
     }
   }
-  groups.erase(groups.begin(), groups.begin() + (closed - pending));
+  queue.count = kept;
 }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
@@ -416,6 +437,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
       member.shared = static_cast<unsigned char*>(allocated);
     }
   }
+  slot_number(std::min<size_t>(2, count / resident) * resident * threads -
+              1);  // made now: what is made later comes after what ran
   release(&start_order);
   const bool backwards = reversed();
   for (size_t number = 0; number < count; number += resident) {
@@ -428,8 +451,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
       fill(sets[which][i], index, (which * resident + i) * threads);
     }
     run_blocks(sets[which]);
-    acquire(&end_order);
   }
+  acquire(&end_order);
   for (std::vector<Block>& set : sets) {
     for (Block& member : set) std::free(member.shared);
   }

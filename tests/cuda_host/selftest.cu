@@ -121,6 +121,29 @@ __global__ void early_read(const float* in, float* out, bool wait) {
   for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = values[i];
 }
 
+// Every thread reads its neighbour's value in the warp through shared memory.
+__global__ void warp_exchange(const float* in, float* out, bool synchronise) {
+  LMENGINE_SHARED_MEMORY(shared);
+  float* values = reinterpret_cast<float*>(shared);
+  values[threadIdx.x] = in[threadIdx.x];
+  if (synchronise) __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
+// Blocks that write to the same places, with the same values even.
+__global__ void same_places(float* out, bool atomic) {
+  if (atomic) {
+    atomicExch(out + threadIdx.x, 1.0f);
+  } else {
+    out[threadIdx.x] = 1.0f;
+  }
+}
+
+__global__ void wide_load(const float* in, float* out, int64_t offset) {
+  const float4 value = *reinterpret_cast<const float4*>(in + offset + threadIdx.x * 4);
+  out[threadIdx.x] = value.x + value.y + value.z + value.w;
+}
+
 __global__ void lonely_wait(unsigned* counter) {
   while (lmengine::cuda::load_acquire(counter) == 0) lmengine::cuda::spin_pause();
 }
@@ -160,6 +183,15 @@ void run_reversal(const float* in, float* out, int64_t threads, int64_t fault) {
 }
 void run_early_read(const float* in, float* out, int64_t wait) {
   launch(early_read, 1, 32, 512, nullptr, in, out, wait != 0);
+}
+void run_warp_exchange(const float* in, float* out, int64_t synchronise) {
+  launch(warp_exchange, 1, 32, 128, nullptr, in, out, synchronise != 0);
+}
+void run_same_places(float* out, int64_t atomic) {
+  launch(same_places, 2, 32, 0, nullptr, out, atomic != 0);
+}
+void run_wide_load(const float* in, float* out, int64_t offset) {
+  launch(wide_load, 1, 32, 0, nullptr, in, out, offset);
 }
 void run_lonely_wait(unsigned* counter) { launch(lonely_wait, 2, 32, 0, nullptr, counter); }
 

@@ -1,5 +1,6 @@
 """The emulation of CUDA against NumPy, and kernels with faults that it has to catch."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,23 @@ from tests import cuda_host
 NONE, NO_BARRIER, SKIPPED_BARRIER, OTHER_BARRIER, LONG_SHARED, LONG_GLOBAL, EXITED_LANE = range(7)
 
 
+SOURCES = [Path(__file__).with_name("selftest.cu")]
+
+
 @pytest.fixture(scope="module")
-def library():
-    return cuda_host.build("selftest", [Path(__file__).with_name("selftest.cu")])
+def memory_library():
+    return cuda_host.build("selftest", SOURCES)
+
+
+@pytest.fixture(scope="module")
+def races_library():
+    return cuda_host.build("selftest", SOURCES, kind="races")
+
+
+@pytest.fixture(params=["memory", "races"])
+def library(request):
+    """For kernels without a fault: they have to pass under every sanitizer."""
+    return request.getfixturevalue(f"{request.param}_library")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -77,10 +92,12 @@ def test_cooperative_grid(library):
     np.testing.assert_array_equal(out["values"][steps % 2], expected)
 
 
-@pytest.mark.parametrize("threads", [1, 33, 64, 1024])
-def test_barrier(library, threads):
+@pytest.mark.parametrize("threads", [1, 33, 1024])
+def test_barrier(memory_library, threads):
     values = np.random.default_rng().standard_normal(threads).astype(np.float32)
-    out = cuda_host.run(library, "run_reversal", {"in": values}, {"out": ((threads,), np.float32)}, threads, NONE)
+    out = cuda_host.run(
+        memory_library, "run_reversal", {"in": values}, {"out": ((threads,), np.float32)}, threads, NONE
+    )
     np.testing.assert_array_equal(out["out"], values[::-1])
 
 
@@ -103,17 +120,47 @@ def test_asynchronous_copy(library):
         (EXITED_LANE, "waits at __shfl_down_sync with mask ffffffff"),
     ],
 )
-def test_faults_are_caught(library, fault, report):
+def test_faults_are_caught(memory_library, fault, report):
     values = np.random.default_rng().standard_normal(64).astype(np.float32)
     with pytest.raises(cuda_host.KernelError, match=report):
-        cuda_host.run(library, "run_reversal", {"in": values}, {"out": ((64,), np.float32)}, 64, fault)
+        cuda_host.run(memory_library, "run_reversal", {"in": values}, {"out": ((64,), np.float32)}, 64, fault)
 
 
-def test_wait_without_end_is_caught(library):
+def test_wait_without_end_is_caught(memory_library):
     with pytest.raises(cuda_host.KernelError, match="waits in a loop"):
-        cuda_host.run(library, "run_lonely_wait", {}, {"counter": np.zeros(1, np.uint32)})
+        cuda_host.run(memory_library, "run_lonely_wait", {}, {"counter": np.zeros(1, np.uint32)})
 
 
-def test_read_past_the_end_is_caught(library):
+def test_read_past_the_end_is_caught(memory_library):
     with pytest.raises(cuda_host.KernelError, match="heap-buffer-overflow"):
-        cuda_host.run(library, "run_early_read", {"in": np.zeros(127, np.float32)}, {"out": ((128,), np.float32)}, 1)
+        cuda_host.run(
+            memory_library, "run_early_read", {"in": np.zeros(127, np.float32)}, {"out": ((128,), np.float32)}, 1
+        )
+
+
+def test_misaligned_vector_load_is_caught(memory_library):
+    values, outputs = np.ones(132, np.float32), {"out": ((32,), np.float32)}
+    out = cuda_host.run(memory_library, "run_wide_load", {"in": values}, outputs, 4)["out"]
+    np.testing.assert_array_equal(out, 4)
+    with pytest.raises(cuda_host.KernelError, match="misaligned address"):
+        cuda_host.run(memory_library, "run_wide_load", {"in": values}, outputs, 1)
+
+
+@pytest.mark.parametrize("fault", [NONE, NO_BARRIER])
+def test_race_in_a_block_is_caught(races_library, fault):
+    values, outputs = np.ones(64, np.float32), {"out": ((64,), np.float32)}
+    with pytest.raises(cuda_host.KernelError, match="data race") if fault else contextlib.nullcontext():
+        cuda_host.run(races_library, "run_reversal", {"in": values}, outputs, 64, fault)
+
+
+@pytest.mark.parametrize("synchronise", [1, 0])
+def test_race_in_a_warp_is_caught(races_library, synchronise):
+    values, outputs = np.ones(32, np.float32), {"out": ((32,), np.float32)}
+    with contextlib.nullcontext() if synchronise else pytest.raises(cuda_host.KernelError, match="data race"):
+        cuda_host.run(races_library, "run_warp_exchange", {"in": values}, outputs, synchronise)
+
+
+@pytest.mark.parametrize("atomic", [1, 0])
+def test_race_between_blocks_is_caught(races_library, atomic):
+    with contextlib.nullcontext() if atomic else pytest.raises(cuda_host.KernelError, match="data race"):
+        cuda_host.run(races_library, "run_same_places", {}, {"out": np.zeros(32, np.float32)}, atomic)
