@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(lmengine, m) {
       "cooccurrence(Tensor tokens, int vocabulary_size, int window_size, bool symmetric,"
       " bool distance_weighting) -> (Tensor rows, Tensor columns, Tensor values)");
   m.def(
-      "glove_epoch(Tensor(a!) parameters, Tensor(b!) squared_gradients, Tensor rows, Tensor columns,"
+      "glove_epoch(Tensor(a!) parameters, Tensor(b!) squared_gradients, Tensor rows, Tensor "
+      "columns,"
       " Tensor values, Tensor stages, float eta, float x_max, float alpha, float grad_clip)"
       " -> Tensor cost");
 }
