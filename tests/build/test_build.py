@@ -68,7 +68,7 @@ def test_installed_wheel_works_without_compilers(wheel, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     code = (
         "import shutil, lmengine, lmengine.backends as b; print(lmengine.__file__, b.unusable('cpu'), "
-        "b.library().lmengine_built_with_cuda(), shutil.which('g++'), shutil.which('nvcc'), sep='|')"
+        "b.library().lmengine_built_with_cuda(), shutil.which('g++'), shutil.which('nvcc'), sep='|'); import lmengine._corpus"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LMENGINE_", "PYTHON"))}
     environment |= {"PATH": str(tmp_path / "empty"), "PYTHONPATH": str(tmp_path / "site")}
