@@ -417,7 +417,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
     fail("kernel launch: a block has 1 to 1024 threads");
   if (!count || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     fail("kernel launch: invalid grid size");
-  if (shared_bytes > 227 * 1024) fail("kernel launch: more than 227 KB of shared memory");
+  if (shared_bytes > 163 * 1024)
+    fail("kernel launch: " + std::to_string(shared_bytes) +
+         " bytes of shared memory, an sm_80 block has 166912");
   const size_t resident = cooperative ? count : 1;
   if (resident > 16) fail("cooperative kernel launch: more blocks than are resident at a time");
   thread_body = &thread;

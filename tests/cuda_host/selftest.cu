@@ -193,6 +193,9 @@ void run_same_places(float* out, int64_t atomic) {
 void run_wide_load(const float* in, float* out, int64_t offset) {
   launch(wide_load, 1, 32, 0, nullptr, in, out, offset);
 }
+void run_shared(float* out, int64_t bytes) {
+  launch(same_places, 1, 32, static_cast<size_t>(bytes), nullptr, out, false);
+}
 void run_lonely_wait(unsigned* counter) { launch(lonely_wait, 2, 32, 0, nullptr, counter); }
 
 }  // extern "C"

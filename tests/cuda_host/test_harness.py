@@ -126,6 +126,13 @@ def test_faults_are_caught(memory_library, fault, report):
         cuda_host.run(memory_library, "run_reversal", {"in": values}, {"out": ((64,), np.float32)}, 64, fault)
 
 
+def test_too_much_shared_memory_is_caught(memory_library):
+    outputs = {"out": ((32,), np.float32)}
+    cuda_host.run(memory_library, "run_shared", {}, outputs, 163 * 1024)
+    with pytest.raises(cuda_host.KernelError, match="166913 bytes of shared memory"):
+        cuda_host.run(memory_library, "run_shared", {}, outputs, 163 * 1024 + 1)
+
+
 def test_wait_without_end_is_caught(memory_library):
     with pytest.raises(cuda_host.KernelError, match="waits in a loop"):
         cuda_host.run(memory_library, "run_lonely_wait", {}, {"counter": np.zeros(1, np.uint32)})
