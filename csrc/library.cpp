@@ -15,13 +15,13 @@ STABLE_TORCH_LIBRARY(lmengine, m) {
       " Tensor logsumexp, bool is_causal, float scale)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def(
-      "lstm_forward(Tensor input_gates, Tensor weight_hh, Tensor hidden, Tensor cell)"
-      " -> (Tensor outputs, Tensor cells, Tensor gates)");
+      "lstm_forward(Tensor input_gates, Tensor weight_hh, Tensor hidden, Tensor cell, bool keep)"
+      " -> (Tensor outputs, Tensor final_hidden, Tensor final_cell, Tensor cells, Tensor gates)");
   m.def(
-      "lstm_backward(Tensor grad_outputs, Tensor grad_cell, Tensor weight_hh, Tensor hidden, "
-      "Tensor cell,"
-      " Tensor outputs, Tensor cells, Tensor gates)"
-      " -> (Tensor grad_input_gates, Tensor grad_weight_hh, Tensor grad_hidden, Tensor grad_cell)");
+      "lstm_backward(Tensor? grad_outputs, Tensor? grad_final_hidden, Tensor? grad_final_cell,"
+      " Tensor weight_hh, Tensor cell, Tensor cells, Tensor gates)"
+      " -> (Tensor grad_input_gates, Tensor grad_hidden, Tensor grad_cell)");
+  m.def("matmul(Tensor left, Tensor right, Tensor? bias) -> Tensor");
   m.def(
       "cooccurrence(Tensor tokens, int vocabulary_size, int window_size, bool symmetric,"
       " bool distance_weighting) -> (Tensor rows, Tensor columns, Tensor values)");

@@ -30,3 +30,5 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
 
 from lmengine.ops import cooccurrence as cooccurrence  # noqa: E402
 from lmengine.ops import embedding as embedding  # noqa: E402
+from lmengine.ops import matmul as matmul  # noqa: E402
+from lmengine.ops import recurrent as recurrent  # noqa: E402
