@@ -1,9 +1,9 @@
-"""Runs CUDA C++ kernels on the CPU, under AddressSanitizer and UBSan.
+"""Runs CUDA C++ kernels on the CPU, under AddressSanitizer and UBSan, or under ThreadSanitizer.
 
     library = build("attention")
     result = run(library, "attention_forward", {"query": query, "key": key}, {"out": (query.shape, query.dtype)}, 7, 0.5)
 
-`build` compiles csrc/<family>/<family>_sm80.cu with the host compiler against emulation.h, together with
+`build` compiles csrc/<family>/*_sm80.cu with the host compiler against emulation.h, together with
 tests/<family>/cuda_host.cpp, which wraps the launchers as `extern "C"` functions. Such a function takes its pointers
 in the order of `inputs` and then `outputs`, and after them the numbers: an int as int64_t, a float as float.
 """
@@ -49,7 +49,7 @@ def build(family: str, sources: Sequence[Path] | None = None, kind: str = "memor
 
     Args:
         family: the family's name.
-        sources: other sources in place of the family's .cu file and tests/<family>/cuda_host.cpp.
+        sources: other sources in place of the family's *_sm80.cu and tests/<family>/cuda_host.cpp.
         kind: "memory" for AddressSanitizer and UBSan; "races" for ThreadSanitizer, which reports accesses of two
             threads to the same memory, shared or global, that no barrier, fence or atomic orders.
 
@@ -57,7 +57,8 @@ def build(family: str, sources: Sequence[Path] | None = None, kind: str = "memor
         KernelError: the sources do not compile.
     """
     if sources is None:
-        sources = [ROOT / "csrc" / family / f"{family}_sm80.cu", ROOT / "tests" / family / "cuda_host.cpp"]
+        kernels = sorted((ROOT / "csrc" / family).glob("*_sm80.cu"))
+        sources = [*kernels, ROOT / "tests" / family / "cuda_host.cpp"]
     folder = ROOT / "build" / "cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{family}.{kind}.so"
