@@ -136,5 +136,41 @@ if backends.library() is not None:
         setup_context=setup_context,
     )
 
+# ---- Triton ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lmengine::attention_triton_forward", mutates_args=())
+def triton_forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    from lmengine.kernels import attention as kernels
+
+    return kernels.forward(query, key, value, is_causal, scale)
+
+
+@torch.library.custom_op("lmengine::attention_triton_backward", mutates_args=())
+def triton_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from lmengine.kernels import attention as kernels
+
+    return kernels.backward(grad_output, query, key, value, output, logsumexp, is_causal, scale)
+
+
+triton_forward.register_fake(fake_forward)
+triton_backward.register_fake(fake_backward)
+triton_forward.register_autograd(differentiate(triton_backward), setup_context=setup_context)
+
+
+def triton_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+    return triton_forward(query, key, value, is_causal, scale)[0]
+
+
+operator.register("triton", triton_attention, unsupported((torch.float32, torch.bfloat16, torch.float16)))
 operator.register("cpu", compiled, unsupported((torch.float32, torch.bfloat16)))
 operator.register("reference", reference, lambda *args, **kwargs: None)
