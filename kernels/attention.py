@@ -188,15 +188,17 @@ def blocks(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_D, num_warps and num_stages of a kernel for a head_dim and dtype."""
     block_d = max(32, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:  # without tensor cores: small tiles, so that nothing spills
-        m, n = (32, 32) if block_d < 128 else (16, 32)
+        m, n, warps = (32, 32, 4) if block_d < 128 else (16, 32, 4)
         if kernel == "grad_key_value":
-            m, n = n, m
-        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
-    if kernel == "forward":
-        m, n = (128, 64) if block_d <= 64 else (64, 64)
-    else:
-        m, n = (64, 64) if block_d <= 64 else (32, 64) if kernel == "grad_key_value" else (64, 32)
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+            m, n, warps = (32, 32, 4) if block_d < 128 else (32, 16, 8)
+        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 1}
+    m, n, warps = {
+        "forward": {32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8)},
+        "grad_key_value": {32: (64, 64, 4), 64: (32, 64, 4), 128: (32, 64, 8)},
+        "grad_query": {32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 32, 4)},
+        "delta": {32: (64, 0, 4), 64: (64, 0, 4), 128: (64, 0, 4)},
+    }[kernel][block_d]
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
 
 
 def with_contiguous_rows(tensor: Tensor) -> Tensor:
