@@ -139,29 +139,64 @@ def _compiled(
     symmetric: bool = True,
     distance_weighting: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.lmengine.cooccurrence(
-        tokens.int().contiguous() if tokens.dtype == torch.int32 else _narrow(tokens, vocabulary_size),
-        vocabulary_size,
-        window_size,
-        symmetric,
-        distance_weighting,
-    )
+    return torch.ops.lmengine.cooccurrence(_narrow(tokens), vocabulary_size, window_size, symmetric, distance_weighting)
 
 
-def _narrow(tokens: Tensor, vocabulary_size: int) -> Tensor:
-    """int64 tokens as int32; what lies outside is kept on its side of the range, so that it stays what it was."""
-    return tokens.clamp(-1, 2**31 - 1).int().contiguous()
+def _narrow(tokens: Tensor) -> Tensor:
+    """Contiguous int32; int64 tokens outside of that range stay what they are: a break, or too large."""
+    return (tokens if tokens.dtype == torch.int32 else tokens.clamp(-1, 2**31 - 1).int()).contiguous()
+
+
+def _fake(
+    tokens: Tensor, vocabulary_size: int, window_size: int, symmetric: bool, distance_weighting: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    index = tokens.new_empty(entries, dtype=torch.int32)
+    return index, torch.empty_like(index), tokens.new_empty(entries, dtype=torch.float32)
 
 
 if backends.library() is not None:
-
-    @torch.library.register_fake("lmengine::cooccurrence")
-    def _fake(
-        tokens: Tensor, vocabulary_size: int, window_size: int, symmetric: bool, distance_weighting: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        entries = torch.library.get_ctx().new_dynamic_size()
-        index = tokens.new_empty(entries, dtype=torch.int32)
-        return index, torch.empty_like(index), tokens.new_empty(entries, dtype=torch.float32)
-
+    torch.library.register_fake("lmengine::cooccurrence", _fake)
     _operator.register("cpu", _compiled, lambda *args, **kwargs: None)
     _operator.register("cuda", _compiled, lambda *args, **kwargs: None)
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------
+
+
+def _triton(
+    tokens: Tensor,
+    vocabulary_size: int,
+    window_size: int = 10,
+    symmetric: bool = True,
+    distance_weighting: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.lmengine.cooccurrence_triton(
+        _narrow(tokens), vocabulary_size, window_size, symmetric, distance_weighting
+    )
+
+
+def _triton_unsupported(tokens: Tensor, vocabulary_size: int, *args: object, **kwargs: object) -> str | None:
+    from lmengine.kernels.cooccurrence import MAX_VOCABULARY
+
+    if vocabulary_size > MAX_VOCABULARY:
+        return f"vocabulary_size: expected at most {MAX_VOCABULARY}, got {vocabulary_size}"
+    return None
+
+
+@torch.library.custom_op("lmengine::cooccurrence_triton", mutates_args=())
+def _triton_operator(
+    tokens: Tensor, vocabulary_size: int, window_size: int, symmetric: bool, distance_weighting: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from lmengine.kernels import cooccurrence as kernels
+
+    wrong = (tokens >= vocabulary_size).nonzero()
+    if len(wrong):
+        position = int(wrong[0])
+        raise RuntimeError(bad_token(int(tokens[position]), position, vocabulary_size))
+    units, scale = distance_units(window_size, distance_weighting)
+    return kernels.cooccurrence(tokens, vocabulary_size, units, scale, symmetric)
+
+
+_triton_operator.register_fake(_fake)
+_operator.register("triton", _triton, _triton_unsupported)

@@ -233,11 +233,73 @@ def _only_float32(parameters: Tensor, *args: object, **kwargs: object) -> str | 
     return None
 
 
+def _fake(parameters: Tensor, *args: object) -> Tensor:
+    return parameters.new_empty((), dtype=torch.float64)
+
+
 if backends.library() is not None:
-
-    @torch.library.register_fake("lmengine::glove_epoch")
-    def _fake(parameters: Tensor, *args: object) -> Tensor:
-        return parameters.new_empty((), dtype=torch.float64)
-
+    torch.library.register_fake("lmengine::glove_epoch", _fake)
     _operator.register("cpu", _compiled, _only_float32)
     _operator.register("cuda", _compiled, _only_float32)
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------
+
+
+def _triton(
+    parameters: Tensor,
+    squared_gradients: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    stages: Tensor,
+    eta: float = 0.05,
+    x_max: float = 100.0,
+    alpha: float = 0.75,
+    grad_clip: float = 100.0,
+) -> Tensor:
+    return torch.ops.lmengine.glove_epoch_triton(
+        parameters,
+        squared_gradients,
+        rows.contiguous(),
+        columns.contiguous(),
+        values.contiguous(),
+        stages.contiguous(),
+        eta,
+        x_max,
+        alpha,
+        grad_clip,
+    )
+
+
+def _triton_unsupported(parameters: Tensor, *args: object, **kwargs: object) -> str | None:
+    from lmengine.kernels.embedding import MAX_DIM
+
+    if parameters.shape[2] - 1 > MAX_DIM:
+        return f"parameters: expected dim at most {MAX_DIM}, got {parameters.shape[2] - 1}"
+    return _only_float32(parameters)
+
+
+@torch.library.custom_op("lmengine::glove_epoch_triton", mutates_args=("parameters", "squared_gradients"))
+def _triton_operator(
+    parameters: Tensor,
+    squared_gradients: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    stages: Tensor,
+    eta: float,
+    x_max: float,
+    alpha: float,
+    grad_clip: float,
+) -> Tensor:
+    from lmengine.kernels import embedding as kernels
+
+    check_entries(parameters.shape[1], rows, columns, values, stages)
+    return kernels.glove_epoch(
+        parameters, squared_gradients, rows, columns, values, stages, eta, x_max, alpha, grad_clip
+    )
+
+
+_triton_operator.register_fake(_fake)
+_operator.register("triton", _triton, _triton_unsupported)

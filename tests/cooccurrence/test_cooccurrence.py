@@ -15,7 +15,7 @@ from lmengine.ops.cooccurrence import cooccurrence
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(unusable(name) is not None, reason=str(unusable(name))))
-    for name in ("cuda", "cpu")
+    for name in ("cuda", "triton", "cpu")
 ]
 
 
