@@ -1,5 +1,6 @@
 """Drop-in layers."""
 
 from lmengine.nn import functional
+from lmengine.nn.recurrent import LSTM
 
-__all__ = ["functional"]
+__all__ = ["LSTM", "functional"]
