@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lmengine.embeddings.files import PathLike, written_aside
+from lmengine.files import PathLike, written_aside
 from lmengine.ops.cooccurrence import cooccurrence
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmengine.embeddings.files import PathLike, written_aside
+from lmengine.files import PathLike, written_aside
 
 
 class Vectors:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmengine import _corpus
-from lmengine.embeddings.files import PathLike, text_files, written_aside
+from lmengine.files import PathLike, text_files, written_aside
 
 MAX_ENTRIES = 20_000_000  # distinct tokens held while counting, some 100 bytes each
 

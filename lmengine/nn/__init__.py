@@ -1,6 +1,7 @@
 """Drop-in layers."""
 
 from lmengine.nn import functional
+from lmengine.nn.linear import Linear
 from lmengine.nn.recurrent import LSTM
 
-__all__ = ["LSTM", "functional"]
+__all__ = ["LSTM", "Linear", "functional"]
