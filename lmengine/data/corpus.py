@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmengine.files import text_files
 
@@ -32,20 +33,21 @@ class Document:
     prose: bool = True
 
 
-def python_corpus() -> list[Document]:
+def python_corpus(on_file: Callable[[int, int], Any] = lambda done, total: None) -> list[Document]:
     """The documents of this Python: its language reference (`pydoc_data.topics`), the docstrings of its standard
     library, labelled with the module or package that they come from, and the library's sources without docstrings.
 
-    A text that occurs twice is taken once.
+    A text that occurs twice is taken once. `on_file` is called with the number of files read so far, and of all.
     """
     from pydoc_data.topics import topics
 
     found = [Document(f"topic {name}", text) for name, text in sorted(topics.items())]
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        inside = path.relative_to(library)
-        if not any(part in LEFT_OUT or part.startswith("config-") for part in inside.parts):
-            found += _documents_of_source(path, str(inside), inside.parts[0].removesuffix(".py"))
+    inside = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
+    chosen = [p for p in inside if not any(part in LEFT_OUT or part.startswith("config-") for part in p.parts)]
+    for done, path in enumerate(chosen, start=1):
+        found += _documents_of_source(library / path, str(path), path.parts[0].removesuffix(".py"))
+        on_file(done, len(chosen))
     return list({document.text: document for document in reversed(found)}.values())[::-1]
 
 
@@ -69,7 +71,9 @@ def _documents_of_source(path: Path, name: str, module: str) -> Iterator[Documen
     yield Document(name, "\n".join(lines), prose=False)
 
 
-def read_corpus(path: Path, errors: str = "strict") -> list[Document]:
+def read_corpus(
+    path: Path, errors: str = "strict", on_file: Callable[[int, int], Any] = lambda done, total: None
+) -> list[Document]:
     """The documents of a UTF-8 text file, or of all files in a folder and below it (hidden ones left out).
 
     A document is as many whole lines as make some 1200 characters. In a folder it is labelled with the subfolder, or
@@ -78,6 +82,7 @@ def read_corpus(path: Path, errors: str = "strict") -> list[Document]:
     Args:
         path: a file or a folder.
         errors: "strict", or "replace" to read what is not UTF-8 as U+FFFD.
+        on_file: called with the number of files read so far, and of all.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -86,11 +91,13 @@ def read_corpus(path: Path, errors: str = "strict") -> list[Document]:
     if errors not in ("strict", "replace"):
         raise ValueError(f"errors: expected strict or replace, got {errors!r}")
     documents = []
-    for file in map(Path, text_files(path)):
+    files = text_files(path)
+    for done, file in enumerate(map(Path, files), start=1):
         inside = file.relative_to(path) if path.is_dir() else Path(file.name)
         label = Path(inside.parts[0]).stem if path.is_dir() else None
         for number, text in enumerate(passages(_read(file, errors)), start=1):
             documents.append(Document(f"{inside} {number}", text, label))
+        on_file(done, len(files))
     if not documents:
         raise ValueError(f"corpus: there is no text in {str(path)!r}")
     return documents
@@ -131,9 +138,10 @@ def _short_parts(line: str) -> Iterator[str]:
 
 
 def held_out(count: int, seed: int, share: int = 10) -> list[bool]:
-    """Which of so many documents are held out of training: one in `share`, at random but for the seed."""
+    """Which of so many documents are held out of training: one in `share` (one at least, if there are two), at
+    random but for the seed."""
     import torch
 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    chosen = set(order[: count // share].tolist())
+    chosen = set(order[: max(1, count // share)].tolist()) if count > 1 else set()
     return [number in chosen for number in range(count)]

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmengine.data import LanguageModelBatches
 from lmengine.models import LanguageModel
+from lmengine.ops.loss import linear_cross_entropy
 from lmengine.training.loop import History, TrainingConfig, fit
 
 
@@ -32,7 +32,7 @@ def pretrain(
 
     def loss(step: int) -> Tensor:
         inputs, targets = train.batch(step, config.seed)  # (batch, length) each
-        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        return _mean_loss(model, inputs, targets)
 
     def evaluate() -> dict[str, float]:
         found = negative_log_likelihood(model, validation, train.length)
@@ -60,8 +60,13 @@ def negative_log_likelihood(model: LanguageModel, tokens: Tensor, length: int, b
     rest = [(tokens[None, whole:-1], tokens[None, whole + 1 :])] if whole < len(tokens) - 1 else []
     for given, wanted in [*zip(inputs, targets, strict=True), *rest]:
         if given.numel():
-            total += F.cross_entropy(model(given).flatten(0, 1), wanted.flatten(), reduction="sum").item()
+            total += _mean_loss(model, given, wanted).item() * given.numel()
     return total / (len(tokens) - 1)
+
+
+def _mean_loss(model: LanguageModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    features = model.features(inputs).flatten(0, 1)
+    return linear_cross_entropy(features, model.embedding.weight, model.output_bias, targets.flatten())
 
 
 def unigram_perplexity(train: Tensor, validation: Tensor, vocabulary_size: int) -> float:
