@@ -14,6 +14,7 @@ from lmengine.files import text_files
 
 PASSAGE = 1200  # characters: a document of a user's file is as many whole lines as make so many
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "turtledemo"}
+TABLES = {"encodings", "pydoc_data"}  # character tables, and the topics once more
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def python_corpus(on_file: Callable[[int, int], Any] = lambda done, total: None)
     found = [Document(f"topic {name}", text) for name, text in sorted(topics.items())]
     library = Path(sysconfig.get_paths()["stdlib"])
     inside = [path.relative_to(library) for path in sorted(library.rglob("*.py"))]
-    chosen = [p for p in inside if not any(part in LEFT_OUT or part.startswith("config-") for part in p.parts)]
+    chosen = [p for p in inside if not any(part in LEFT_OUT | TABLES or part.startswith("config-") for part in p.parts)]
     for done, path in enumerate(chosen, start=1):
         found += _documents_of_source(library / path, str(path), path.parts[0].removesuffix(".py"))
         on_file(done, len(chosen))

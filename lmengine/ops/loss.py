@@ -27,7 +27,7 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, bias: Tensor, targets
         targets: (R,) int64, in [0, V).
 
     Returns:
-        A scalar.
+        A scalar, float32 or wider.
 
     Raises:
         ValueError: shapes do not go together; the message names the argument.
@@ -48,29 +48,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         needed = ctx.needs_input_grad[:3]
         grad_features = torch.empty_like(features) if needed[0] else None
-        grad_weight = torch.zeros_like(weight) if needed[1] else None
-        grad_bias = torch.zeros_like(bias) if needed[2] else None
-        total = torch.zeros((), dtype=torch.float32, device=features.device)
+        wide = torch.promote_types(features.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
+        total = torch.zeros((), dtype=torch.float64, device=features.device)
         for begin in range(0, len(features), CHUNK):
             rows = slice(begin, begin + CHUNK)
-            scores = linear(features[rows], weight, bias).float()  # (CHUNK, V)
+            scores = linear(features[rows], weight, bias).to(wide)  # (CHUNK, V)
             logsumexp = scores.logsumexp(1, keepdim=True)
             total += (logsumexp - scores.gather(1, targets[rows, None])).sum()
             if not any(needed):
                 continue
             grad = scores.sub_(logsumexp).exp_()  # of the scores, times R
             grad.scatter_add_(1, targets[rows, None], grad.new_full((len(grad), 1), -1.0))
-            grad = grad.div_(len(features)).to(features.dtype)
+            grad.div_(len(features))
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(features.dtype)
             if grad_features is not None:
                 grad_features[rows] = matmul(grad, weight)
             if grad_weight is not None:
                 grad_weight += matmul(grad.t(), features[rows])
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
         ctx.save_for_backward(grad_features, grad_weight, grad_bias)
-        return total / len(features)
+        ctx.dtype = features.dtype
+        return (total / len(features)).to(wide)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if saved is None else saved * grad for saved in ctx.saved_tensors), None)
+        return (*(g if g is None else (g * grad).to(ctx.dtype) for g in ctx.saved_tensors), None)
