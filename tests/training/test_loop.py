@@ -24,23 +24,23 @@ def make(name="lstm", vocabulary=20):
     torch.manual_seed(0)
     if name == "lstm":
         return RecurrentLM(RecurrentConfig(vocabulary, embedding_dim=32, hidden_size=64, dropout=0.1))
-    return Decoder(DecoderConfig(vocabulary, embedding_dim=64, num_layers=1, num_heads=2, context=32))
+    return Decoder(DecoderConfig(vocabulary, embedding_dim=64, num_layers=2, num_heads=2, context=32))
 
 
 def counting_text(length):
-    """Two steps up, one down: the next token follows from the two before."""
-    return torch.tensor([(n // 3 + (0, 2, 1)[n % 3]) % 20 for n in range(length)])
+    """A walk in which the next token follows from the last."""
+    return torch.tensor([n * 7 % 20 for n in range(length)])
 
 
-@pytest.mark.parametrize(("name", "learning_rate"), [("lstm", 2e-2), ("transformer", 3e-3)])
+@pytest.mark.parametrize(("name", "learning_rate"), [("lstm", 1e-2), ("transformer", 3e-3)])
 def test_a_language_model_learns_a_rule(name, learning_rate):
     text = counting_text(4000)
     model = make(name)
     data = LanguageModelBatches(text[:3500], batch_size=8, length=20)
-    config = TrainingConfig(300, learning_rate=learning_rate, warmup=10, evaluate_every=100)
+    config = TrainingConfig(150, learning_rate=learning_rate, warmup=10, evaluate_every=50)
     history = pretrain(model, data, text[3500:], config)
-    assert [step for step, _ in history.losses] == [step for step, _ in history.evaluations] == [100, 200, 300]
-    assert history.evaluations[-1][1]["perplexity"] < 1.5 < unigram_perplexity(text[:3500], text[3500:], 20)
+    assert [step for step, _ in history.losses] == [step for step, _ in history.evaluations] == [50, 100, 150]
+    assert history.evaluations[-1][1]["perplexity"] < 1.2 < unigram_perplexity(text[:3500], text[3500:], 20)
     assert not model.training
 
 
