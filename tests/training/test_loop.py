@@ -40,7 +40,7 @@ def test_a_language_model_learns_a_rule(name, learning_rate):
     config = TrainingConfig(150, learning_rate=learning_rate, warmup=10, evaluate_every=50)
     history = pretrain(model, data, text[3500:], config)
     assert [step for step, _ in history.losses] == [step for step, _ in history.evaluations] == [50, 100, 150]
-    assert history.evaluations[-1][1]["perplexity"] < 1.2 < unigram_perplexity(text[:3500], text[3500:], 20)
+    assert history.evaluations[-1][1]["perplexity"] < 1.5 < unigram_perplexity(text[:3500], text[3500:], 20)
     assert not model.training
 
 
