@@ -14,8 +14,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -27,9 +25,19 @@ class Rate(ProgressColumn):
     """Units a second."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if not speed else f"{speed:,.0f} {task.fields['unit']}/s" if speed >= 10 else
-                    f"{speed:.1f} {task.fields['unit']}/s")  # fmt: skip
+        speed = task.finished_speed or task.speed or 0.0
+        return Text(f"{speed:,.{0 if speed >= 10 else 1}f} {task.fields['unit']}/s" if speed else "")
+
+
+class TimeLeft(ProgressColumn):
+    """The time that is left, and the time that it took at the end."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"{task.finished_time or 0.0:.1f} s")
+        return Text("" if task.time_remaining is None else f"{task.time_remaining:.0f} s left")
 
 
 class RichView(View):
@@ -56,12 +64,10 @@ class RichView(View):
     def progress(self, text: str, total: int, unit: str) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeLeft(),
             TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console) as bars:

@@ -304,7 +304,7 @@ class Job:
         pieces = [learned[begin : begin + 256] for begin in range(0, len(learned), 256)]
         encoded = (vocabulary.encode(piece, breaks="file") for piece in pieces)
         tokens = torch.cat([t for piece in encoded for t in (piece, torch.tensor([-1], dtype=torch.int32))])
-        with view.progress("counting co-occurrences", len(tokens), "tokens") as advance:
+        with view.progress("counting pairs", len(tokens), "tokens") as advance:
             counts = Cooccurrence.from_tokens(tokens, len(vocabulary), self.settings.window_size)
             advance(len(tokens))
         counts.save(path)
@@ -354,7 +354,7 @@ class Job:
         shown: str,
     ) -> History:  # fmt: skip
         """Train with a progress bar, a checkpoint and TensorBoard events."""
-        with self.run.view.progress(f"training, {shown} as it goes", config.steps, "steps") as advance:
+        with self.run.view.progress("training", config.steps, "steps") as advance:
             latest = ""
 
             def on_step(step: int, loss: float) -> None:

@@ -98,13 +98,13 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
     path = tmp_path / "c"
     config = TrainingConfig(2)
     pretrain(make(), data, text, config, checkpoint=path)
-    with pytest.raises(ValueError, match="checkpoint: .* does not fit this model and optimizer"):
+    with pytest.raises(ValueError, match=r"checkpoint: .* does not fit this model and optimizer"):
         pretrain(make("transformer"), data, text, config, checkpoint=path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="checkpoint: .* does not fit"):
+    with pytest.raises(ValueError, match=r"checkpoint: .* does not fit"):
         pretrain(make(), data, text, config, checkpoint=path)
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="checkpoint: .* does not fit"):
+    with pytest.raises(ValueError, match=r"checkpoint: .* does not fit"):
         pretrain(make(), data, text, config, checkpoint=path)
 
 
