@@ -39,19 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="a folder of bench/results")
     parser.add_argument("--readme", type=Path, help="a Markdown file with the markers")
     options = parser.parse_args(arguments)
-    devices = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
-    if options.device and options.device not in devices:
-        print(f"--device: expected one of {', '.join(devices)}, got {options.device!r}", file=sys.stderr)
+    recorded = devices()
+    if options.device and options.device not in recorded:
+        wanted = f"one of {', '.join(recorded)}" if recorded else "nothing, as no results are recorded yet"
+        print(f"--device: expected {wanted}, got {options.device!r}", file=sys.stderr)
         return 2
-    results = {device: read(device) for device in ([options.device] if options.device else devices)}
+    results = {device: read(device) for device in ([options.device] if options.device else recorded)}
     if options.readme:
         return update(options.readme, summary(results))
+    if not results:
+        print(f"There are no results under {RESULTS.parent.name}/{RESULTS.name} yet: `make bench` records them.")
     for device, families in results.items():
         for family, rows in families.items():
             print(f"\n{family} on {device}: median milliseconds (times as fast as PyTorch)\n")
             print(table(rows))
             plot(RESULTS / device / f"{family}.svg", f"{family}, {device}", rows)
     return 0
+
+
+def devices() -> list[str]:
+    """The devices that results were recorded on; none where there is no folder of results."""
+    return sorted(path.name for path in RESULTS.iterdir() if path.is_dir()) if RESULTS.is_dir() else []
 
 
 def read(device: str) -> dict[str, list[Row]]:

@@ -56,6 +56,18 @@ def test_an_unknown_device_is_an_error(results, capsys):
     assert "--device: expected one of some-cpu, got 'h100'" in capsys.readouterr().err
 
 
+def test_without_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "missing")
+    assert report.main([]) == 0
+    assert "There are no results" in capsys.readouterr().out
+    assert report.main(["--device", "h100"]) == 2
+    assert "no results are recorded yet, got 'h100'" in capsys.readouterr().err
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    assert report.main(["--readme", str(readme)]) == 0
+    assert "old" not in readme.read_text()
+
+
 def test_the_readme_is_written_between_the_markers(results, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -70,5 +82,5 @@ def test_the_readme_is_written_between_the_markers(results, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
 def test_the_figures_in_the_readme_are_the_recorded_ones(name):
-    recorded = report.summary({path.name: report.read(path.name) for path in sorted(report.RESULTS.iterdir())})
+    recorded = report.summary({device: report.read(device) for device in report.devices()})
     assert recorded in (ROOT / name).read_text(encoding="utf-8")
