@@ -3,6 +3,6 @@
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from lmengine.kernels.interpreter import correct_bfloat16
+    from lmengine.kernels.interpreter import correct_arithmetic
 
-    correct_bfloat16()
+    correct_arithmetic()

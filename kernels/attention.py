@@ -12,6 +12,19 @@ import triton.language as tl
 from lmengine.kernels.configuration import StaticConfiguration
 from torch import Tensor
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def weights_of(scores, shift, AFTER: tl.constexpr):
+    """exp2((scores - shift) * AFTER), at most 1.
+
+    A weight never exceeds 1, but scores of 1e8 are 8 apart in float32: computed again in another order, or fused into
+    the difference, one may exceed the shift by so much that exp2 overflows. A NaN passes.
+    """
+    return tl.exp2(tl.minimum(scores - shift, 0.0, propagate_nan=tl.PropagateNan.ALL) * AFTER)
+
+
 # ---- forward ---------------------------------------------------------------------------------------------------
 
 
@@ -23,6 +36,10 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Output (B, N, Q, D) and logsumexp (B, N, Q), natural. Strides are in elements, the last dimension is contiguous."""
+    # 16-bit types take the factor log2(e) into the scale. float32 multiplies the small difference by it, because the
+    # roundings of scores and logsumexp in two units would be the largest error of the backward.
+    before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
+    after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
     pid = tl.program_id(1)
     batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -45,13 +62,13 @@ def forward_kernel(
         there = (columns < key_length)[:, None] & (dims < head_dim)[None, :]
         at = columns.to(tl.int64)[:, None]
         k = tl.load(key + at * key_row + dims[None, :], there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * before)
         seen = (columns < key_length)[None, :] & ((columns[None, :] <= rows[:, None]) | (is_causal == 0))
         scores = tl.where(seen, scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         shift = tl.where(now == float("-inf"), 0.0, now)
-        weights = tl.exp2(scores - shift[:, None])
-        factor = tl.exp2(largest - shift)
+        weights = weights_of(scores, shift[:, None], after)
+        factor = weights_of(largest, shift, after)
         total = total * factor + tl.sum(weights, 1)
         v = tl.load(value + at * value_row + dims[None, :], there, other=0.0)
         sums = tl.dot(weights.to(v.dtype), v, sums * factor[:, None], input_precision="ieee")
@@ -62,9 +79,7 @@ def forward_kernel(
         output + batch * output_batch + head * output_head + rows.to(tl.int64)[:, None] * output_row + dims[None, :],
         sums.to(output.dtype.element_ty), within,
     )  # fmt: skip
-    natural = tl.where(
-        total == 0, float("-inf"), (largest + tl.log2(tl.where(total == 0, 1.0, total))) * 0.6931471805599453
-    )
+    natural = tl.where(total == 0, float("-inf"), largest / before + tl.log(tl.where(total == 0, 1.0, total)))
     tl.store(logsumexp + pid.to(tl.int64) * query_length + rows, natural, rows < query_length)
 
 
@@ -101,6 +116,8 @@ def grad_key_value_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value, both contiguous as (B, K, N, D)."""
+    before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
+    after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
     pid = tl.program_id(1)
     batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -123,10 +140,10 @@ def grad_key_value_kernel(
         within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
         row_at = rows.to(tl.int64)[:, None]
         q = tl.load(query + row_at * query_row + dims[None, :], within, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)  # (BLOCK_N, BLOCK_M)
-        shift = tl.load(logsumexp + rows, rows < query_length, other=float("inf")) * 1.4426950408889634
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * before)  # (BLOCK_N, BLOCK_M)
+        shift = tl.load(logsumexp + rows, rows < query_length, other=float("inf")) * before
         seen = (columns < key_length)[:, None] & ((columns[:, None] <= rows[None, :]) | (is_causal == 0))
-        weights = tl.where(seen, tl.exp2(scores - shift[None, :]), 0.0)
+        weights = tl.where(seen, weights_of(scores, shift[None, :], after), 0.0)
         grad = tl.load(grad_output + row_at * grad_row + dims[None, :], within, other=0.0)
         for_value = tl.dot(weights.to(grad.dtype), grad, for_value, input_precision="ieee")
         grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
@@ -146,6 +163,8 @@ def grad_query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grad_query, contiguous as (B, Q, N, D)."""
+    before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
+    after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
     pid = tl.program_id(1)
     batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -156,8 +175,9 @@ def grad_query_kernel(
     grad = tl.load(
         grad_output + batch * grad_batch + head * grad_head + at * grad_row + dims[None, :], within, other=0.0
     )
-    shift = tl.load(logsumexp + pid.to(tl.int64) * query_length + rows, rows < query_length, other=float("inf"))
-    shift = shift * 1.4426950408889634
+    shift = (
+        tl.load(logsumexp + pid.to(tl.int64) * query_length + rows, rows < query_length, other=float("inf")) * before
+    )
     minus = tl.load(delta + pid.to(tl.int64) * query_length + rows, rows < query_length, other=0.0)
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
@@ -171,9 +191,9 @@ def grad_query_kernel(
         column_at = columns.to(tl.int64)[:, None]
         k = tl.load(key + column_at * key_row + dims[None, :], there, other=0.0)
         v = tl.load(value + column_at * value_row + dims[None, :], there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * before)
         seen = (columns < key_length)[None, :] & ((columns[None, :] <= rows[:, None]) | (is_causal == 0))
-        weights = tl.where(seen, tl.exp2(scores - shift[:, None]), 0.0)
+        weights = tl.where(seen, weights_of(scores, shift[:, None], after), 0.0)
         grad_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         grad_scores = weights * (grad_weights - minus[:, None])
         sums = tl.dot(grad_scores.to(k.dtype), k, sums, input_precision="ieee")

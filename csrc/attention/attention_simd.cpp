@@ -253,7 +253,8 @@ void backward_block(const AttentionParameters& p, int64_t batch, int64_t head, i
       mask(weight, visible(p, first + i, begin, columns), width);
       const Vec shift = Vec::set(logsumexp[first + i]), delta = Vec::set(h.delta[first + i]);
       for (int j = 0; j < width; j += Vec::width) {
-        const Vec probability = exp(Vec::load(weight + j) - shift);
+        // at most 1, which a score of 1e8 computed again may miss by many units; a NaN passes
+        const Vec probability = exp(min(Vec::zero(), Vec::load(weight + j) - shift));
         probability.store(weight + j);
         (probability * (Vec::load(grad + j) - delta)).store(grad + j);
       }
