@@ -53,19 +53,33 @@ class WordTokenizer:
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
-        """Readable text: blanks stand where English has them, and none between Han characters."""
+        """Readable text: see `join`."""
+        return self.join(map(self.word, tokens.tolist() if isinstance(tokens, Tensor) else tokens))
+
+    def word(self, token: int) -> str:
+        """The word of a token, or a special token's name in angle brackets."""
+        return self._tokens[token]
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """The words of a text, known or not."""
+        return _corpus.tokenise(text)
+
+    @staticmethod
+    def join(words: Iterable[str]) -> str:
+        """Text of words: blanks stand where English has them, and none between Han characters; an end token becomes a
+        line end, padding nothing."""
         text = ""
         previous = ""
-        for number in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
-            token = self._tokens[number]
-            if token in (PAD, END):
-                text, previous = text.rstrip() + ("\n" if token == END else ""), ""
+        for word in words:
+            if word in (PAD, END):
+                text, previous = text.rstrip() + ("\n" if word == END else ""), ""
                 continue
-            apart = previous and token not in NO_BLANK_BEFORE and previous not in NO_BLANK_AFTER
-            if apart and not (_is_han(token[0]) and _is_han(previous[-1])):
+            apart = previous and word not in NO_BLANK_BEFORE and previous not in NO_BLANK_AFTER
+            if apart and not (_is_han(word[0]) and _is_han(previous[-1])):
                 text += " "
-            text += token
-            previous = token
+            text += word
+            previous = word
         return text
 
     def save(self, path: PathLike) -> None:

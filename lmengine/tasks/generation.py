@@ -46,7 +46,7 @@ def generate(
     start = torch.tensor([tokenizer.end])  # a text begins where another ended
     written = tokenizer.encode(prompt)
     scores, state = model.step(torch.cat((start, written))[None].to(device))
-    tokens = written.tolist()
+    words = tokenizer.split(prompt)
     for _ in range(max_tokens):
         allowed = scores[0].float().cpu()
         allowed[[tokenizer.pad, tokenizer.unknown]] = -torch.inf
@@ -58,6 +58,6 @@ def generate(
             token = int(best.indices[torch.multinomial(chances, 1, generator=generator)])
         if token == tokenizer.end:
             break
-        tokens.append(token)
+        words.append(tokenizer.word(token))
         scores, state = model.step(torch.tensor([[token]], device=device), state)
-    return tokenizer.decode(tokens)
+    return tokenizer.join(words)

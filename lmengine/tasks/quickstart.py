@@ -458,7 +458,7 @@ class Job:
     def _beginnings(self) -> list[str]:
         """The first words of some texts that were held out."""
         held = [d.text for d, h in zip(self.corpus.documents, self.corpus.is_held_out, strict=True) if h and d.prose]
-        return [self.corpus.tokenizer.decode(self.corpus.tokenizer.encode(text)[:4]) for text in held[:3]]
+        return [WordTokenizer.join(WordTokenizer.split(text)[:4]) for text in held[:3]]
 
     def measure_kernels(self) -> dict[str, Any]:
         return {}
