@@ -132,12 +132,17 @@ def _checked(backend: str | None, source: str) -> str | None:
     return backend
 
 
-_forced: str | None = _checked(os.environ.get("LMENGINE_BACKEND"), "LMENGINE_BACKEND")
+# a wrong value is told when it is first asked for, so that importing never fails
+_forced: str | None = os.environ.get("LMENGINE_BACKEND")
 
 
 def forced_backend() -> str | None:
-    """The backend that use_backend or LMENGINE_BACKEND forces, None for the default choice."""
-    return _forced
+    """The backend that use_backend or LMENGINE_BACKEND forces, None for the default choice.
+
+    Raises:
+        ValueError: LMENGINE_BACKEND names no backend.
+    """
+    return _checked(_forced, "LMENGINE_BACKEND")
 
 
 class use_backend:
@@ -218,11 +223,12 @@ class Operator:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.check(*args, **kwargs)
         device_type = args[0].device.type
-        if _forced is not None:
-            reason = self.refusal(_forced, device_type, *args, **kwargs)
+        forced = forced_backend()
+        if forced is not None:
+            reason = self.refusal(forced, device_type, *args, **kwargs)
             if reason is not None:
-                raise UnsupportedCall(f"{self.name}: the forced backend {_forced!r} cannot do this call: {reason}")
-            return self.implementations[_forced].run(*args, **kwargs)
+                raise UnsupportedCall(f"{self.name}: the forced backend {forced!r} cannot do this call: {reason}")
+            return self.implementations[forced].run(*args, **kwargs)
         for backend in default_order(device_type):
             if self.refusal(backend, device_type, *args, **kwargs) is None:
                 if backend == "reference" and not torch.compiler.is_compiling():
@@ -250,7 +256,8 @@ class Operator:
         """Which backend this call would run on, and why the others would not do it."""
         self.check(*args, **kwargs)
         device_type = args[0].device.type
-        order = (_forced,) if _forced else default_order(device_type)
+        forced = forced_backend()
+        order = (forced,) if forced else default_order(device_type)
         chosen: str | None = None
         reasons: dict[str, str] = {}
         for backend in (*order, *(b for b in BACKENDS if b not in order)):
@@ -259,10 +266,10 @@ class Operator:
                 reasons[backend] = reason
             elif chosen is None and backend in order:
                 chosen = backend
-                reasons[backend] = "runs" + (" (forced)" if _forced else "")
+                reasons[backend] = "runs" + (" (forced)" if forced else "")
             else:
                 reasons[backend] = "could, but does not: " + (
-                    f"{_forced} is forced" if _forced else f"{chosen} comes first on {device_type}"
+                    f"{forced} is forced" if forced else f"{chosen} comes first on {device_type}"
                 )
         return Explanation(self.name, chosen, reasons)
 

@@ -95,7 +95,10 @@ def test_the_variable_forces_a_backend(value, forced):
 
 def test_a_wrong_variable_is_an_error():
     done = subprocess.run(
-        [sys.executable, "-c", "import lmengine"], env=environment("cpp"), capture_output=True, text=True
+        [sys.executable, "-c", "import lmengine; lmengine.backends.forced_backend()"],
+        env=environment("cpp"),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0
     assert "LMENGINE_BACKEND: expected one of auto, cuda, triton, cpu, reference, got 'cpp'" in done.stderr

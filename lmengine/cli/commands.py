@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -49,8 +50,11 @@ def run(arguments: list[str]) -> int:
             args=arguments,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-    except ValueError as error:  # a setting out of its range
+        forced = backends.forced_backend()
+    except ValueError as error:
         return refuse(error)
+    if isinstance(command, Quickstart) and forced and backends.unusable(forced):
+        return refuse(f"LMENGINE_BACKEND: {forced!r} cannot be used here: {backends.unusable(forced)}")
     return print_info(command) if isinstance(command, Info) else run_quickstart(command)
 
 
@@ -85,7 +89,8 @@ def run_quickstart(command: Quickstart) -> int:
         if stop.is_set():  # asked twice: at once, back to the last checkpoint
             raise KeyboardInterrupt
         stop.set()
-        view.say("stopping at the next step (Ctrl-C once more: at once)")
+        # not by way of the view, which may be in the middle of a line
+        os.write(sys.stderr.fileno(), b"\nstopping at the next step (Ctrl-C once more: at once)\n")
 
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -52,6 +52,7 @@ from lmengine.training import (
 )
 
 PYTHON_PROMPTS = ("return a list of", "the following example", "raise an error if")
+UNRECORDED = {"out", "corpus", "prompts", "kernels"}  # settings that may differ when a run goes on, or told elsewise
 NAMES = {"lstm": "LSTM", "transformer": "Transformer"}
 FUNCTION_WORDS = set(
     [
@@ -139,6 +140,8 @@ class Settings:
     """How often the classifier goes over its texts."""
     max_classes: int = 10
     """Classes that the classifier tells apart, the largest ones."""
+    kernels: bool = True
+    """Measure the kernels beside PyTorch's operators, some ten seconds."""
     prompts: tuple[str, ...] = ()
     """What the language models are to go on with. Left out: beginnings of texts."""
 
@@ -175,8 +178,10 @@ def open_job(settings: Settings, view: View | None = None, should_stop: Callable
         ValueError: the corpus is not UTF-8 or too small, or `out` holds something else.
     """
     view = view or View()
+    if settings.out.exists() and not settings.out.is_dir():
+        raise NotADirectoryError(f"out: expected a folder, got the file {str(settings.out)!r}")
     documents, fingerprint = read_documents(settings, view)
-    given = {name: value for name, value in asdict(settings).items() if name not in ("out", "corpus", "prompts")}
+    given = {name: value for name, value in asdict(settings).items() if name not in UNRECORDED}
     given |= {"text": fingerprint, "prompts": list(settings.prompts), "backend": backends.forced_backend() or "auto"}
     run = Run(settings.out, given, view, should_stop)
     return Job(settings, run, prepare(documents, settings, view))
@@ -248,7 +253,8 @@ class Job:
         run.stage("transformer", "Language model: Transformer", lambda: self.train_language_model("transformer"))
         run.stage("classifier", "Classifier", self.train_classifier)
         run.stage("samples", "Generated text", self.write_samples)
-        run.stage("kernels", "Kernels beside PyTorch", self.measure_kernels)
+        if self.settings.kernels:
+            run.stage("kernels", "Kernels beside PyTorch", self.measure_kernels)
         return self.write_report()
 
     def describe_corpus(self) -> dict[str, Any]:

@@ -11,12 +11,20 @@ from safetensors.torch import load_file
 from lmengine.embeddings import Vectors
 from lmengine.models import SequenceClassifier, load_model
 from lmengine.tasks import quickstart
-from lmengine.tasks.quickstart import Job, Settings, open_job
+from lmengine.tasks.quickstart import Settings, open_job
 from lmengine.tasks.run import OtherSettings
 from lmengine.training import Interrupted
 
 SMALL = dict(
-    vocabulary_size=60, dim=64, window_size=3, glove_epochs=3, lm_steps=6, batch_size=4, length=8, classifier_epochs=1
+    vocabulary_size=60,
+    dim=64,
+    window_size=3,
+    glove_epochs=3,
+    lm_steps=6,
+    batch_size=4,
+    length=8,
+    classifier_epochs=1,
+    kernels=False,
 )
 
 
@@ -34,12 +42,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def without_kernels(monkeypatch):
-    """The measurement of kernels takes ten seconds and has its own tests."""
-    monkeypatch.setattr(Job, "measure_kernels", lambda self: {"kernels": []})
-
-
 def numbers(out: Path):
     """What a run has found, without the times that it took."""
     stages = json.loads((out / "metrics.json").read_text())["stages"]
@@ -49,16 +51,13 @@ def numbers(out: Path):
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "measure_kernels", lambda self: {"kernels": []})
-        report = open_job(Settings(corpus=folder, out=out, **SMALL)).finish()
-    return out, report
+    return out, open_job(Settings(corpus=folder, out=out, **SMALL)).finish()
 
 
 def test_it_leaves_models_vectors_metrics_events_and_a_report(finished):
     out, report = finished
     stages = numbers(out)
-    assert list(stages) == ["corpus", "vectors", "lstm", "transformer", "classifier", "samples", "kernels"]
+    assert list(stages) == ["corpus", "vectors", "lstm", "transformer", "classifier", "samples"]
     vectors = Vectors.load(out / "vectors" / "vectors.txt")
     assert vectors.array.shape == (stages["corpus"]["vocabulary"], 64)
     assert len(stages["vectors"]["costs"]) == 3 and stages["vectors"]["costs"][-1] < stages["vectors"]["costs"][0]
