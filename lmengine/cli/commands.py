@@ -17,6 +17,9 @@ import tyro
 
 from lmengine import backends
 from lmengine.cli.view import RichView
+from lmengine.models import LanguageModel, SequenceClassifier, load_model
+from lmengine.tasks.classification import classify
+from lmengine.tasks.generation import generate
 from lmengine.tasks.quickstart import Settings, open_job
 from lmengine.tasks.run import OtherSettings
 from lmengine.training import Interrupted
@@ -38,7 +41,40 @@ class Info:
     """Print JSON."""
 
 
-Command = Annotated[Quickstart, tyro.conf.subcommand("quickstart")] | Annotated[Info, tyro.conf.subcommand("info")]
+@dataclass(frozen=True)
+class Generate:
+    """Let a language model go on with a text."""
+
+    model: tyro.conf.Positional[Path]
+    """A model's folder, such as runs/quickstart/transformer."""
+    prompt: tyro.conf.Positional[str]
+    """How the text begins."""
+    max_tokens: int = 40
+    """Stop after so many new tokens, or at the end of the text."""
+    temperature: float = 0.8
+    """Below 1: likelier tokens more often; 0: the likeliest always."""
+    top_k: int = 40
+    """Choose among the so many likeliest tokens."""
+    seed: int = 0
+    """Of the choice."""
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Say which class texts are of, with the probability."""
+
+    model: tyro.conf.Positional[Path]
+    """A classifier's folder, such as runs/quickstart/classifier."""
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    """The texts; without any, each line of the standard input is one."""
+
+
+Command = (
+    Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Classify, tyro.conf.subcommand("classify")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -53,9 +89,16 @@ def run(arguments: list[str]) -> int:
         forced = backends.forced_backend()
     except ValueError as error:
         return refuse(error)
-    if isinstance(command, Quickstart) and forced and backends.unusable(forced):
+    if isinstance(command, Info):
+        return print_info(command)
+    if forced and backends.unusable(forced):
         return refuse(f"LMENGINE_BACKEND: {forced!r} cannot be used here: {backends.unusable(forced)}")
-    return print_info(command) if isinstance(command, Info) else run_quickstart(command)
+    if isinstance(command, Quickstart):
+        return run_quickstart(command)
+    try:
+        return run_generate(command) if isinstance(command, Generate) else run_classify(command)
+    except (OSError, ValueError) as error:
+        return refuse(error)
 
 
 def refuse(error: Exception | str) -> int:
@@ -79,6 +122,25 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value or "none")
+
+
+def run_generate(command: Generate) -> int:
+    model, tokenizer = load_model(command.model)
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f"model: expected a language model, but {command.model} holds a {type(model).__name__}")
+    options: dict[str, Any] = dict(temperature=command.temperature, top_k=command.top_k, seed=command.seed)
+    print(generate(model, tokenizer, command.prompt, command.max_tokens, **options))
+    return 0
+
+
+def run_classify(command: Classify) -> int:
+    model, tokenizer = load_model(command.model)
+    if not isinstance(model, SequenceClassifier):
+        raise ValueError(f"model: expected a classifier, but {command.model} holds a {type(model).__name__}")
+    texts = list(command.texts) or [line.rstrip("\n") for line in sys.stdin]
+    for label, probability in classify(model, tokenizer, texts):
+        print(f"{label}\t{probability:.3f}")
+    return 0
 
 
 def run_quickstart(command: Quickstart) -> int:

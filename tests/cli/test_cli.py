@@ -1,5 +1,6 @@
 """The command line: exit status 2 and one clear line for a user's mistake, 130 when interrupted, never a traceback."""
 
+import io
 import json
 import os
 import signal
@@ -50,7 +51,7 @@ def test_info(capsys):
     assert set(found["backends"]) == {"cuda", "triton", "cpu", "reference"}
 
 
-def test_trains_and_tells_what_it_found(corpus, tmp_path, capsys):
+def test_trains_and_tells_what_it_found(corpus, tmp_path, capsys, monkeypatch):
     arguments = ["quickstart", "--corpus", str(corpus), "--out", str(tmp_path / "run"), "--lm-steps", "5", *QUICK]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
@@ -58,6 +59,25 @@ def test_trains_and_tells_what_it_found(corpus, tmp_path, capsys):
         assert told in printed
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("done before") == 6
+
+    model, classifier = str(tmp_path / "run" / "lstm"), str(tmp_path / "run" / "classifier")
+    assert main(["generate", model, "One 1 and", "--max-tokens", "4", "--temperature", "0"]) == 0
+    written = capsys.readouterr().out
+    assert written.startswith("one 1 and ") and 4 <= len(written.split()) <= 7
+    assert main(["classify", classifier, "one 3 are", "two"]) == 0
+    assert [line.split("\t")[0] in ("one", "two") for line in capsys.readouterr().out.splitlines()] == [True, True]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
+    assert main(["classify", classifier]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    for wrong, told in (
+        (["generate", classifier, "x"], "model: expected a language model"),
+        (["classify", model, "x"], "model: expected a classifier"),
+        (["generate", str(corpus), "x"], "config.json is missing"),
+        (["generate", model, "x", "--top-k", "0"], "top_k: expected at least 1, got 0"),
+    ):
+        assert main(wrong) == 2
+        assert told in capsys.readouterr().err
+
     assert main([*arguments, "--seed", "1"]) == 2
     assert (
         "holds a run with seed 0 and not 1: give --restart to replace it, or another --out" in capsys.readouterr().err
