@@ -10,7 +10,7 @@
 #include <memory>
 #include <tuple>
 
-#include "support/checks.h"
+#include "cooccurrence/cooccurrence_checks.h"
 #include "support/parallel.h"
 
 namespace lmengine {
@@ -133,13 +133,7 @@ void count_rows(const CooccurrenceParameters& p, const Positions& text, int64_t 
 std::tuple<Tensor, Tensor, Tensor> cooccurrence(const Tensor& tokens, int64_t vocabulary_size,
                                                 int64_t window_size, bool symmetric,
                                                 bool distance_weighting) {
-  check_dim(tokens, 1, "tokens");
-  check_dtype(tokens, ScalarType::Int, "tokens");
-  LMENGINE_CHECK(tokens.is_contiguous(), "tokens: expected a contiguous tensor");
-  LMENGINE_CHECK(tokens.numel() < int64_t{1} << 32, "tokens: expected fewer than 2^32");
-  LMENGINE_CHECK(vocabulary_size >= 1 && vocabulary_size < int64_t{1} << 31,
-                 "vocabulary_size: expected 1 to 2^31 - 1");
-  LMENGINE_CHECK(window_size >= 1 && window_size < 32768, "window_size: expected 1 to 32767");
+  check_cooccurrence(tokens, vocabulary_size, window_size);
   const DistanceUnits distances(window_size, distance_weighting);
   const CooccurrenceParameters p{static_cast<const int32_t*>(tokens.const_data_ptr()),
                                  tokens.numel(),

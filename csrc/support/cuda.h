@@ -98,6 +98,24 @@ inline void zero(void* memory, size_t bytes, cudaStream_t stream) {
   check(cudaMemsetAsync(memory, 0, bytes, stream), "cudaMemsetAsync");
 }
 
+// Copies from the GPU and waits until it is done, and all that came before in the stream with it.
+inline void copy_to_host(void* host, const void* device, size_t bytes, cudaStream_t stream) {
+  check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+}
+
+// Copies from pageable memory, which may be changed after the return.
+inline void copy_to_device(void* device, const void* host, size_t bytes, cudaStream_t stream) {
+  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+}
+
+// A load that may stand beside other blocks' atomics on the same word.
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* address) {
+  unsigned value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
 // A load that sees what other blocks wrote before a __threadfence().
 __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
   unsigned value;

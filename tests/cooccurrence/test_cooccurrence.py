@@ -92,6 +92,15 @@ def test_long_text_on_threads(symmetric):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+@pytest.mark.parametrize("vocabulary", [3, 60_000])
+def test_long_text_on_a_gpu(backend, vocabulary):
+    """Many blocks that add to the same rows, and more than one tile of the sort."""
+    tokens = text(1_000_000, vocabulary)
+    right = count("cpu", tokens, vocabulary, 8)
+    assert all(torch.equal(a, b) for a, b in zip(count(backend, tokens, vocabulary, 8), right, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kinds_of_input(backend):
     tokens = text(300, 40)
@@ -128,11 +137,15 @@ def test_bad_arguments(arguments, error, message):
         cooccurrence(*arguments)
 
 
-def test_opcheck_and_compile():
-    tokens = text(300, 40).int()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_and_compile(backend):
+    operators = torch.ops.lmengine
+    operator = operators.cooccurrence_triton if backend == "triton" else operators.cooccurrence
+    tokens = text(300, 40).int().to(device_of(backend))
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.lmengine.cooccurrence.default, (tokens, 40, 5, True, True), test_utils=utilities)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+    torch.library.opcheck(operator.default, (tokens, 40, 5, True, True), test_utils=utilities)
+    capture = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    with lmengine.use_backend(backend), capture:
         compiled = torch.compile(lambda tokens: cooccurrence(tokens, 40, 5), fullgraph=True, backend="aot_eager")
         for ours, right in zip(compiled(tokens), cooccurrence(tokens, 40, 5), strict=True):
             assert torch.equal(ours, right)

@@ -117,6 +117,17 @@ inline void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 bl
 
 inline void zero(void* memory, size_t bytes, cudaStream_t) { std::memset(memory, 0, bytes); }
 
+inline void copy_to_host(void* host, const void* device, size_t bytes, cudaStream_t) {
+  std::memcpy(host, device, bytes);
+}
+inline void copy_to_device(void* device, const void* host, size_t bytes, cudaStream_t) {
+  std::memcpy(device, host, bytes);
+}
+
+inline unsigned load_relaxed(const unsigned* address) {
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+
 inline unsigned load_acquire(const unsigned* address) {
   return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
