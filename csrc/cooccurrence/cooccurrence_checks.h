@@ -5,8 +5,7 @@
 
 namespace lmengine {
 
-inline void check_cooccurrence(const Tensor& tokens, int64_t vocabulary_size,
-                               int64_t window_size) {
+inline void check_cooccurrence(const Tensor& tokens, int64_t vocabulary_size, int64_t window_size) {
   check_dim(tokens, 1, "tokens");
   check_dtype(tokens, ScalarType::Int, "tokens");
   LMENGINE_CHECK(tokens.is_contiguous(), "tokens: expected a contiguous tensor");

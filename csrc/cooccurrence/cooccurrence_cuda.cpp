@@ -46,14 +46,14 @@ Entries cooccurrence(const Tensor& tokens, int64_t vocabulary_size, int64_t wind
   const cuda::DeviceGuard guard(tokens.get_device_index());
   const DistanceUnits distances(window_size, distance_weighting);
   const auto allocate = [&](size_t bytes) {
-    auto tensor = std::make_shared<Tensor>(torch::stable::new_empty(
-        tokens, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
+    auto tensor = std::make_shared<Tensor>(
+        torch::stable::new_empty(tokens, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
     return GpuMemory(tensor, tensor->mutable_data_ptr());
   };
-  CooccurrenceCounter counter({static_cast<const int32_t*>(tokens.const_data_ptr()),
-                               tokens.numel(), vocabulary_size, window_size, symmetric,
-                               distances.units.data(), distances.scale},
-                              allocate, cuda::current_stream(tokens.get_device_index()));
+  CooccurrenceCounter counter(
+      {static_cast<const int32_t*>(tokens.const_data_ptr()), tokens.numel(), vocabulary_size,
+       window_size, symmetric, distances.units.data(), distances.scale},
+      allocate, cuda::current_stream(tokens.get_device_index()));
   std::vector<Entries> parts;
   for (int64_t band = 0; band < counter.bands(); ++band) {
     parts.push_back(new_entries(tokens, counter.count(band)));

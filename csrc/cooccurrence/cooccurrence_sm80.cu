@@ -5,10 +5,10 @@
 //
 // Why so. The list of all pairs, which the Triton kernels sort, is some ten times as long as the
 // list of the entries. One hash table for the whole text would be hit all over global memory; with
-// the positions grouped, the blocks that run at a time add to few rows, whose regions stay in the L2
-// cache. A row cannot have more entries than the vocabulary has words, nor more than its token has
-// pairs: with regions of twice that bound no table fills, and bands of so many rows as fit into the
-// table bound the memory. Bands are ranges of rows, so their results follow one another, and
+// the positions grouped, the blocks that run at a time add to few rows, whose regions stay in the
+// L2 cache. A row cannot have more entries than the vocabulary has words, nor more than its token
+// has pairs: with regions of twice that bound no table fills, and bands of so many rows as fit into
+// the table bound the memory. Bands are ranges of rows, so their results follow one another, and
 // nothing has to be merged.
 #include <algorithm>
 #include <stdexcept>
@@ -93,13 +93,11 @@ __global__ void __launch_bounds__(kThreads)
   const bool dense = region.y == p.vocabulary_size;
   for (int64_t base = 0; base < p.window_size; base += lanes) {
     const int64_t distance = base + lane + 1, other = position + direction * distance;
-    const bool within =
-        inside && distance <= p.window_size && other >= 0 && other < p.length;
+    const bool within = inside && distance <= p.window_size && other >= 0 && other < p.length;
     const int32_t token = within ? p.tokens[other] : -1;
     const unsigned stops =
         __ballot_sync(0xffffffff, token < 0) >> (threadIdx.x % 32 & ~(lanes - 1));
-    if ((stops & ((2u << lane) - 1)) == 0)
-      add(table, region, dense, token, p.units[distance - 1]);
+    if ((stops & ((2u << lane) - 1)) == 0) add(table, region, dense, token, p.units[distance - 1]);
     if (stops && lanes == 32) break;
   }
 }
@@ -282,8 +280,7 @@ int64_t CooccurrenceCounter::count(int64_t number) {
                kThreads, 0, stream, p_, at<uint32_t>(positions_) + band.first_position, positions,
                table, lanes_log2);
   const unsigned blocks = std::min(blocks_of(band.slots), 16u * cuda::multiprocessors());
-  cuda::launch(entries_kernel, blocks, kThreads, 0, stream, table,
-               at<unsigned long long>(words_));
+  cuda::launch(entries_kernel, blocks, kThreads, 0, stream, table, at<unsigned long long>(words_));
   unsigned long long entries = 0;
   cuda::copy_to_host(&entries, words_.get(), sizeof entries, stream);
   return entries_ = static_cast<int64_t>(entries);

@@ -26,10 +26,9 @@ extern "C" void count(const int32_t* tokens, int64_t* counts, int32_t* rows, int
   counts[0] = counts[1] = 0;
   const lmengine::DistanceUnits distances(window_size, distance_weighting);
   try {
-    lmengine::CooccurrenceCounter counter(
-        {tokens, length, vocabulary_size, window_size, symmetric != 0, distances.units.data(),
-         distances.scale},
-        allocate, nullptr, slots);
+    lmengine::CooccurrenceCounter counter({tokens, length, vocabulary_size, window_size,
+                                           symmetric != 0, distances.units.data(), distances.scale},
+                                          allocate, nullptr, slots);
     counts[1] = counter.bands();
     for (int64_t band = 0; band < counter.bands(); ++band) {
       const int64_t entries = counter.count(band), first = counts[0];

@@ -66,8 +66,8 @@ def test_wide_windows(library, window):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_bands(library, symmetric):
     """A table that is too small for the text: band after band, down to one for every row."""
-    tokens = text(150, 12, seed=5)
-    numbers = [check(library, tokens, 12, 4, symmetric, slots=slots) for slots in (SLOTS, 40, 1)]
+    tokens = text(80, 6, seed=5)
+    numbers = [check(library, tokens, 6, 4, symmetric, slots=slots) for slots in (SLOTS, 14, 1)]
     assert numbers[0] == 1 < numbers[1] < numbers[2] == len(tokens[tokens >= 0].unique())
 
 

@@ -42,7 +42,11 @@ def run(backend, arguments, dtype=torch.float32, device="cpu", **options):
 
 
 def check(backend, arguments, **options):
-    ours = run(backend, arguments, device=device_of(backend), **options)
+    assert_epoch(run(backend, arguments, device=device_of(backend), **options), arguments, **options)
+
+
+def assert_epoch(ours, arguments, **options):
+    """Hold cost, parameters and squared gradients after an epoch against the reference."""
     same = run("reference", arguments, **options)
     right = run("reference", arguments, torch.float64, **options)
     for name, *tensors in zip(("cost", "parameters", "squared_gradients"), ours, same, right, strict=True):
@@ -77,6 +81,16 @@ def test_extreme_values(backend):
     arguments[4] = torch.logspace(-30, 30, 40)
     arguments[1] = torch.logspace(-3, 20, arguments[1].numel()).view_as(arguments[1])
     check(backend, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_many_partitions_on_a_gpu(backend):
+    """Blocks at work on neighbouring vectors at a time: the same bits each time, and nearly the CPU's."""
+    arguments = problem(vocabulary=5000, dim=100, entries=300_000, partitions=256, scale=0.1)
+    first, again = (run(backend, arguments, device=device_of(backend)) for _ in range(2))
+    for ours, same, right in zip(first, again, run("cpu", arguments), strict=True):
+        assert torch.equal(ours, same)
+        torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-3)
 
 
 def test_a_step_by_hand():
@@ -171,18 +185,21 @@ def test_float64_runs_on_the_reference_only():
         run("cpu", arguments, torch.float64)
 
 
-def test_opcheck_and_compile():
-    arguments = problem()
-    options = (0.05, 100.0, 0.75, 100.0)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_and_compile(backend):
+    operators = torch.ops.lmengine
+    operator = operators.glove_epoch_triton if backend == "triton" else operators.glove_epoch
+    arguments = [tensor.to(device_of(backend)) for tensor in problem()]
     torch.library.opcheck(
-        torch.ops.lmengine.glove_epoch.default,
-        (*arguments, *options),
+        operator.default,
+        (*arguments, 0.05, 100.0, 0.75, 100.0),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    right = run("cpu", arguments)
-    compiled = torch.compile(lambda *a: glove_epoch(*a), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), right[0])
-    assert torch.equal(arguments[0], right[1])
+    right = run(backend, arguments, device=device_of(backend))
+    with lmengine.use_backend(backend):
+        compiled = torch.compile(lambda *a: glove_epoch(*a), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*arguments).cpu(), right[0])
+    assert torch.equal(arguments[0].cpu(), right[1])
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
