@@ -16,6 +16,12 @@ MAX_DIM = 2047
 
 
 @triton.jit
+def clipped(x, bound):
+    # compared, since the minimum and the maximum of a NaN and a number are the number
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+
+
+@triton.jit
 def epoch_kernel(
     parameters,  # (2, vocabulary, dim + 1)
     squared_gradients,  # (2, vocabulary, dim + 1)
@@ -52,8 +58,8 @@ def epoch_kernel(
         cost += weighted.to(tl.float64) * difference * 0.5
         word_gradient = weighted * tl.where(k < dim, context, 1.0)
         context_gradient = weighted * tl.where(k < dim, word, 1.0)
-        word_gradient = eta * tl.minimum(tl.maximum(word_gradient, -grad_clip), grad_clip)
-        context_gradient = eta * tl.minimum(tl.maximum(context_gradient, -grad_clip), grad_clip)
+        word_gradient = eta * clipped(word_gradient, grad_clip)
+        context_gradient = eta * clipped(context_gradient, grad_clip)
         tl.store(parameters + at_word, word - word_gradient * tl.rsqrt(word_squares), mask=mask)
         tl.store(parameters + at_context, context - context_gradient * tl.rsqrt(context_squares), mask=mask)
         tl.store(squared_gradients + at_word, word_squares + word_gradient * word_gradient, mask=mask)

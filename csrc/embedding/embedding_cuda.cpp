@@ -26,8 +26,7 @@ Tensor glove_epoch(Tensor parameters, Tensor squared_gradients, const Tensor& ro
   const cuda::DeviceGuard guard(parameters.get_device_index());
   void* stream = cuda::current_stream(parameters.get_device_index());
   Tensor workspace = torch::stable::new_empty(parameters, {4}, ScalarType::Long);
-  const BadEntries bad =
-      check_entries(p, rows.numel(), workspace.mutable_data_ptr(), stream);
+  const BadEntries bad = check_entries(p, rows.numel(), workspace.mutable_data_ptr(), stream);
   LMENGINE_CHECK(bad.row < 0,
                  bad_index("rows", value_at(p.rows, bad.row), bad.row, p.vocabulary_size));
   LMENGINE_CHECK(bad.column < 0, bad_index("columns", value_at(p.columns, bad.column), bad.column,

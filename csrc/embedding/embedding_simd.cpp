@@ -66,16 +66,20 @@ inline float dot(const float* a, const float* b, int64_t dim) {
   return (sums[0] + sums[1]).sum();
 }
 
-// One AdaGrad step on a vector whose gradient is given.
+// One AdaGrad step on a vector whose gradient is given. min and max return their second operand
+// where one is NaN, so a NaN stays one.
 inline Vec step(Vec vector, Vec& squares, Vec gradient, Vec eta, Vec grad_clip) {
-  gradient = min(max(gradient, Vec::zero() - grad_clip), grad_clip) * eta;
+  gradient = min(grad_clip, max(Vec::zero() - grad_clip, gradient)) * eta;
   const Vec result = fnma(gradient, inverse_sqrt(squares), vector);
   squares = fma(gradient, gradient, squares);
   return result;
 }
 
 inline void bias_step(float& bias, float& squares, float gradient, const GloveParameters& p) {
-  gradient = fminf(fmaxf(gradient, -p.grad_clip), p.grad_clip) * p.eta;
+  gradient = gradient > p.grad_clip    ? p.grad_clip
+             : gradient < -p.grad_clip ? -p.grad_clip
+                                       : gradient;
+  gradient *= p.eta;
   bias -= gradient / sqrtf(squares);
   squares += gradient * gradient;
 }

@@ -1,12 +1,12 @@
-// GloVe's epoch on a GPU: a launch for each stage, in it a warp for each partition, which visits the
-// partition's entries in order.
+// GloVe's epoch on a GPU: a launch for each stage, in it a warp for each partition, which visits
+// the partition's entries in order.
 //
-// A warp's time is the memory's latency, so the vectors of the next entry are fetched into registers
-// while the present entry is worked on; where the next entry has the same row or column, that
-// vector is the present one as it comes out of its step. A lane always has the same numbers of a
-// vector (every 32nd), so the order of its own loads and stores is all the order that there must be.
-// A vector of dim + 1 numbers begins at any multiple of 4 bytes, so the loads are of 4 bytes, 32
-// neighbours at a time. A stage ends with its launch: on current GPUs that costs no more than a
+// A warp's time is the memory's latency, so the vectors of the next entry are fetched into
+// registers while the present entry is worked on; where the next entry has the same row or column,
+// that vector is the present one as it comes out of its step. A lane always has the same numbers of
+// a vector (every 32nd), so the order of its own loads and stores is all the order that there must
+// be. A vector of dim + 1 numbers begins at any multiple of 4 bytes, so the loads are of 4 bytes,
+// 32 neighbours at a time. A stage ends with its launch: on current GPUs that costs no more than a
 // barrier over the grid, and leaves the number of partitions free.
 #include "embedding/embedding_gpu.h"
 #include "support/cuda.h"
@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int n = 0; n < kNumbers; ++n)
         sum += product(word.values[n], context.values[n], lane + 32 * n == p.dim);
-      const float difference =
-          warp_sum(sum) - __shfl_sync(0xffffffff, entries.log_value, i);
+      const float difference = warp_sum(sum) - __shfl_sync(0xffffffff, entries.log_value, i);
       const float weighted = __shfl_sync(0xffffffff, entries.weight, i) * difference;
       cost += cost_of(weighted, difference);
 #pragma unroll
@@ -160,8 +159,7 @@ __global__ void __launch_bounds__(kThreads)
       float* context_squares = p.squared_gradients + at_context;
       float sum = 0;
       for (int64_t k = lane; k < width; k += 32) sum += product(word[k], context[k], k == p.dim);
-      const float difference =
-          warp_sum(sum) - __shfl_sync(0xffffffff, entries.log_value, i);
+      const float difference = warp_sum(sum) - __shfl_sync(0xffffffff, entries.log_value, i);
       const float weighted = __shfl_sync(0xffffffff, entries.weight, i) * difference;
       cost += cost_of(weighted, difference);
       for (int64_t k = lane; k < width; k += 32)

@@ -27,8 +27,7 @@ extern "C" void check_entries(const int32_t* rows, const int32_t* columns, const
   p.num_stages = num_stages;
   p.partitions = partitions;
   std::vector<uint64_t> workspace(4);
-  const lmengine::BadEntries bad =
-      lmengine::check_entries(p, entries, workspace.data(), nullptr);
+  const lmengine::BadEntries bad = lmengine::check_entries(p, entries, workspace.data(), nullptr);
   found[0] = bad.row;
   found[1] = bad.column;
   found[2] = bad.value;

@@ -83,6 +83,14 @@ def test_extreme_values(backend):
     check(backend, arguments)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_not_hidden(backend):
+    """What a NaN touches becomes NaN, as in the reference, and is not clipped to a number."""
+    arguments = problem(vocabulary=30, entries=30)
+    arguments[0][0, arguments[2][7], 3] = torch.nan
+    check(backend, arguments)
+
+
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_many_partitions_on_a_gpu(backend):
     """Blocks at work on neighbouring vectors at a time: the same bits each time, and nearly the CPU's."""
@@ -205,6 +213,6 @@ def test_opcheck_and_compile(backend):
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_lower_instruction_set(isa):
     """The numerics tests once more, on a processor without the newest instructions."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "(numerics or options or extreme) and cpu"]
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "(numerics or options or extreme or nan) and cpu"]
     done = subprocess.run(command, env={**os.environ, "LMENGINE_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
