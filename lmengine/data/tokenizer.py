@@ -15,8 +15,8 @@ from lmengine.files import PathLike, written_aside
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, END)
-NO_BLANK_BEFORE = set(".,;:!?)]}%…。，、；：！？）】》”’") | {"'", "’s"}
-NO_BLANK_AFTER = set("([{$#@（【《“‘") | {"'"}
+NO_BLANK_BEFORE = set(".,;:!?)]}%…。，、；：！？）】》”’'_")
+NO_BLANK_AFTER = set("([{$#@（【《“‘'_")
 
 
 class WordTokenizer:
@@ -76,6 +76,7 @@ class WordTokenizer:
                 text, previous = text.rstrip() + ("\n" if word == END else ""), ""
                 continue
             apart = previous and word not in NO_BLANK_BEFORE and previous not in NO_BLANK_AFTER
+            apart = apart and not (word == previous and not word.isalnum())  # ">>>", "=="
             if apart and not (_is_han(word[0]) and _is_han(previous[-1])):
                 text += " "
             text += word

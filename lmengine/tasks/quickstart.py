@@ -369,6 +369,7 @@ class Job:
             def on_evaluation(step: int, result: dict[str, float]) -> None:
                 nonlocal latest
                 latest = f", {shown} {result[shown]:.4g}"
+                advance(step, note=latest.removeprefix(", "))
 
             checkpoint = self.run.folder / name / "training.safetensors"
             options: dict[str, Any] = dict(on_step=on_step, on_evaluation=on_evaluation)

@@ -20,7 +20,13 @@ def test_words_unknown_words_and_ends():
 
 @pytest.mark.parametrize(
     "text",
-    ["the cat (a dog), it said: yes!", "今天天气很好，我们去公园。", "中文 and english", "one 3.14 two don't"],
+    [
+        "the cat (a dog), it said: yes!",
+        "今天天气很好，我们去公园。",
+        "中文 and english",
+        "one 3.14 two don't",
+        ">>> x.__init__ == y",
+    ],
 )
 def test_reads_as_it_was_written(text):
     from lmengine.embeddings import tokenise
