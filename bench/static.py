@@ -211,7 +211,8 @@ def cuda_object(source: Path) -> Path:
 def cuda_readings(source: Path) -> list[Reading]:
     """Reads every kernel of a compiled .cu file, for every architecture that the object holds.
 
-    A source that calls mma_m16n8k16 must show tensor-core instructions on every architecture, in one kernel at least.
+    A source that calls mma_m16n8k16, or whose family's headers do, must show tensor-core instructions on every
+    architecture, in one kernel at least.
     """
     target = cuda_object(source)
     cache = (
@@ -222,7 +223,7 @@ def cuda_readings(source: Path) -> list[Reading]:
         CACHE.mkdir(parents=True, exist_ok=True)
         readings = []
         for architecture, functions in read_object(target).items():
-            missing = "mma_m16n8k16" in source.read_text() and not any(f["hmma"] for f in functions.values())
+            missing = "mma_m16n8k16" in with_headers(source) and not any(f["hmma"] for f in functions.values())
             for name, numbers in functions.items():
                 readings.append(
                     Reading(
@@ -231,6 +232,13 @@ def cuda_readings(source: Path) -> list[Reading]:
                 )
         _store(cache, readings)
     return _load(cache)
+
+
+def with_headers(source: Path) -> str:
+    """The text of a CUDA source and of the headers of its family that it includes."""
+    text = source.read_text()
+    headers = re.findall(rf'#include "({source.parent.name}/[^"]+)"', text)
+    return "\n".join([text, *((ROOT / "csrc" / header).read_text() for header in headers)])
 
 
 def read_object(path: Path) -> dict[int, dict[str, dict[str, int]]]:

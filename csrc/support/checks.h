@@ -33,4 +33,9 @@ inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* name
   LMENGINE_CHECK(tensor.scalar_type() == dtype, std::string(name) + ": unexpected dtype");
 }
 
+inline void check_device(const Tensor& tensor, const Tensor& other, const char* name) {
+  LMENGINE_CHECK(tensor.device() == other.device(),
+                 std::string(name) + ": expected the device of the other tensors");
+}
+
 }  // namespace lmengine

@@ -171,6 +171,7 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool,
     return triton_forward(query, key, value, is_causal, scale)[0]
 
 
+operator.register("cuda", compiled, unsupported((torch.float32, torch.bfloat16, torch.float16)))
 operator.register("triton", triton_attention, unsupported((torch.float32, torch.bfloat16, torch.float16)))
 operator.register("cpu", compiled, unsupported((torch.float32, torch.bfloat16)))
 operator.register("reference", reference, lambda *args, **kwargs: None)
