@@ -25,7 +25,7 @@ def test_words_unknown_words_and_ends():
         "今天天气很好，我们去公园。",
         "中文 and english",
         "one 3.14 two don't",
-        ">>> x.__init__ == y",
+        ">>> x.__init__, y == z",
     ],
 )
 def test_reads_as_it_was_written(text):
