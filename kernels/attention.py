@@ -25,6 +25,14 @@ def weights_of(scores, shift, AFTER: tl.constexpr):
     return tl.exp2(tl.minimum(scores - shift, 0.0, propagate_nan=tl.PropagateNan.ALL) * AFTER)
 
 
+@triton.jit
+def place_of(length, heads, BLOCK: tl.constexpr):
+    """The block, batch and head of a program. The grid is one-dimensional: batch * heads may exceed its other sizes."""
+    count = tl.cdiv(length, BLOCK)
+    pid = tl.program_id(0) // count
+    return tl.program_id(0) % count, pid.to(tl.int64), (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
+
+
 # ---- forward ---------------------------------------------------------------------------------------------------
 
 
@@ -40,9 +48,8 @@ def forward_kernel(
     # roundings of scores and logsumexp in two units would be the largest error of the backward.
     before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
     after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
-    pid = tl.program_id(1)
-    batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, pid, batch, head = place_of(query_length, heads, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
     q = tl.load(
@@ -56,7 +63,7 @@ def forward_kernel(
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     end = key_length
     if is_causal:
-        end = tl.minimum(key_length, (tl.program_id(0) + 1) * BLOCK_M)
+        end = tl.minimum(key_length, (block + 1) * BLOCK_M)
     for begin in range(0, end, BLOCK_N):
         columns = begin + tl.arange(0, BLOCK_N)
         there = (columns < key_length)[:, None] & (dims < head_dim)[None, :]
@@ -80,7 +87,7 @@ def forward_kernel(
         sums.to(output.dtype.element_ty), within,
     )  # fmt: skip
     natural = tl.where(total == 0, float("-inf"), largest / before + tl.log(tl.where(total == 0, 1.0, total)))
-    tl.store(logsumexp + pid.to(tl.int64) * query_length + rows, natural, rows < query_length)
+    tl.store(logsumexp + pid * query_length + rows, natural, rows < query_length)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------
@@ -92,9 +99,8 @@ def delta_kernel(
     heads, query_length, head_dim, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta (B, N, Q): the sum over D of grad_output * output."""
-    pid = tl.program_id(1)
-    batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, pid, batch, head = place_of(query_length, heads, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
     at = rows.to(tl.int64)[:, None]
@@ -105,7 +111,7 @@ def delta_kernel(
         output + batch * output_batch + head * output_head + at * output_row + dims[None, :], within, other=0.0
     )
     sums = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta + pid.to(tl.int64) * query_length + rows, sums, rows < query_length)
+    tl.store(delta + pid * query_length + rows, sums, rows < query_length)
 
 
 @triton.jit
@@ -118,9 +124,8 @@ def grad_key_value_kernel(
     """grad_key and grad_value, both contiguous as (B, K, N, D)."""
     before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
     after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
-    pid = tl.program_id(1)
-    batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block, pid, batch, head = place_of(key_length, heads, BLOCK_N)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     there = (columns < key_length)[:, None] & (dims < head_dim)[None, :]
     at = columns.to(tl.int64)[:, None]
@@ -128,13 +133,13 @@ def grad_key_value_kernel(
     v = tl.load(value + batch * value_batch + head * value_head + at * value_row + dims[None, :], there, other=0.0)
     query += batch * query_batch + head * query_head
     grad_output += batch * grad_batch + head * grad_head
-    logsumexp += pid.to(tl.int64) * query_length
-    delta += pid.to(tl.int64) * query_length
+    logsumexp += pid * query_length
+    delta += pid * query_length
     for_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first = 0
     if is_causal:
-        first = tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M
+        first = block * BLOCK_N // BLOCK_M * BLOCK_M
     for begin in range(first, query_length, BLOCK_M):
         rows = begin + tl.arange(0, BLOCK_M)
         within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
@@ -165,9 +170,8 @@ def grad_query_kernel(
     """grad_query, contiguous as (B, Q, N, D)."""
     before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
     after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
-    pid = tl.program_id(1)
-    batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, pid, batch, head = place_of(query_length, heads, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
     at = rows.to(tl.int64)[:, None]
@@ -175,16 +179,14 @@ def grad_query_kernel(
     grad = tl.load(
         grad_output + batch * grad_batch + head * grad_head + at * grad_row + dims[None, :], within, other=0.0
     )
-    shift = (
-        tl.load(logsumexp + pid.to(tl.int64) * query_length + rows, rows < query_length, other=float("inf")) * before
-    )
-    minus = tl.load(delta + pid.to(tl.int64) * query_length + rows, rows < query_length, other=0.0)
+    shift = tl.load(logsumexp + pid * query_length + rows, rows < query_length, other=float("inf")) * before
+    minus = tl.load(delta + pid * query_length + rows, rows < query_length, other=0.0)
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     end = key_length
     if is_causal:
-        end = tl.minimum(key_length, (tl.program_id(0) + 1) * BLOCK_M)
+        end = tl.minimum(key_length, (block + 1) * BLOCK_M)
     for begin in range(0, end, BLOCK_N):
         columns = begin + tl.arange(0, BLOCK_N)
         there = (columns < key_length)[:, None] & (dims < head_dim)[None, :]
@@ -238,7 +240,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
     if output.numel() == 0:
         return output, logsumexp
     chosen = blocks("forward", head_dim, query.dtype)
-    forward_kernel[(triton.cdiv(length, chosen["BLOCK_M"]), batch * heads)](
+    forward_kernel[(triton.cdiv(length, chosen["BLOCK_M"]) * batch * heads,)](
         query, key, value, output, logsumexp,
         *heads_strides(query), *heads_strides(key), *heads_strides(value), *heads_strides(output),
         heads, length, key.shape[2], head_dim, scale, int(is_causal), **chosen,
@@ -263,18 +265,18 @@ def backward(
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     delta = torch.empty_like(logsumexp)
     block_d = max(32, triton.next_power_of_2(head_dim))
-    delta_kernel[(triton.cdiv(length, 64), batch * heads)](
+    delta_kernel[(triton.cdiv(length, 64) * batch * heads,)](
         grad_output, output, delta, *heads_strides(grad_output), *heads_strides(output), heads, length, head_dim,
         BLOCK_M=64, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     strides = (*heads_strides(query), *heads_strides(key), *heads_strides(value), *heads_strides(grad_output))
     sizes = (heads, length, keys, head_dim, scale, int(is_causal))
     chosen = blocks("grad_key_value", head_dim, query.dtype)
-    grad_key_value_kernel[(triton.cdiv(keys, chosen["BLOCK_N"]), batch * heads)](
+    grad_key_value_kernel[(triton.cdiv(keys, chosen["BLOCK_N"]) * batch * heads,)](
         query, key, value, grad_output, logsumexp, delta, grad_key, grad_value, *strides, *sizes, **chosen
     )
     chosen = blocks("grad_query", head_dim, query.dtype)
-    grad_query_kernel[(triton.cdiv(length, chosen["BLOCK_M"]), batch * heads)](
+    grad_query_kernel[(triton.cdiv(length, chosen["BLOCK_M"]) * batch * heads,)](
         query, key, value, grad_output, logsumexp, delta, grad_query, *strides, *sizes, **chosen
     )
     return grad_query, grad_key, grad_value

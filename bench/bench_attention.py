@@ -1,0 +1,177 @@
+"""attention beside torch's scaled_dot_product_attention: forward without gradients, and forward with backward.
+
+On the CPU the implementations of a cell are called in turn, so that what else the machine does hits all alike. On a GPU
+the entries are our backends, PyTorch's own choice, and its FlashAttention and cuDNN backends by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import lmengine
+from bench import gpu
+from lmengine.ops.attention import attention
+
+CPU_SECONDS = 1.6  # a cell's rounds together
+ROUNDS = (7, 400)  # at least and at most
+L2_BYTES = 64 << 20  # more than any GPU's L2 cache has
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    heads: int
+    length: int
+    head_dim: int
+    is_causal: bool
+
+    def __str__(self) -> str:
+        sizes = f"batch {self.batch} x heads {self.heads} x length {self.length} x head_dim {self.head_dim}"
+        return sizes + (", causal" if self.is_causal else ", full")
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.heads * self.length * self.head_dim
+
+    def flops(self, direction: str) -> int:
+        """Two products forward and five backward, half of each under the causal mask, as the literature counts."""
+        forward = 4 * self.elements * self.length // (2 if self.is_causal else 1)
+        return forward if direction == "forward" else forward * 7 // 2
+
+
+# the main job's decoder, and larger ones
+CPU_SHAPES = [Shape(32, 4, length, 32, True) for length in (64, 96, 128)] + [
+    Shape(*sizes, is_causal)
+    for sizes in ((16, 4, 128, 32), (8, 8, 256, 64), (4, 8, 512, 64))
+    for is_causal in (False, True)
+]
+# 16 k tokens of 2048 features
+GPU_SHAPES = [
+    Shape(16384 // length, 2048 // head_dim, length, head_dim, is_causal)
+    for head_dim in (64, 128)
+    for length in (512, 1024, 2048, 4096, 8192, 16384)
+    for is_causal in (False, True)
+]
+DIRECTIONS = ("forward", "forward+backward")
+CPU_IMPLEMENTATIONS = ("lmengine cpu", "torch")
+GPU_IMPLEMENTATIONS = ("lmengine cuda", "lmengine triton", "torch", "torch flash", "torch cudnn")
+SDPA_BACKENDS = {"torch flash": SDPBackend.FLASH_ATTENTION, "torch cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def chosen(implementation: str) -> Any:
+    """The context in which a call runs an implementation."""
+    if implementation.startswith("lmengine"):
+        return lmengine.use_backend(implementation.removeprefix("lmengine "))
+    if implementation in SDPA_BACKENDS:
+        return sdpa_kernel(SDPA_BACKENDS[implementation])
+    return contextlib.nullcontext()
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """query, key, value and the output's gradient, laid out as layers make them: the heads side by side in a row."""
+    size = (shape.batch, shape.length, shape.heads, shape.head_dim)
+    return [torch.randn(size, device=device).to(dtype).transpose(1, 2) for _ in range(4)]
+
+
+def make_call(implementation: str, shape: Shape, direction: str, tensors: list[torch.Tensor]) -> Callable[[], Any]:
+    query, key, value, grad_output = tensors
+    ours = implementation.startswith("lmengine")
+
+    def output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if ours:
+            return attention(query, key, value, shape.is_causal)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=shape.is_causal)
+
+    if direction == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return output(query, key, value)
+
+        return forward
+
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    return lambda: torch.autograd.grad(output(*leaves), leaves, grad_output)
+
+
+def describe(benchmark: Any, implementation: str, shape: Shape, dtype: torch.dtype, direction: str) -> None:
+    benchmark.group = f"attention {shape} {name_of(dtype)} {direction}"
+    benchmark.extra_info.update(
+        family="attention",
+        implementation=implementation,
+        shape=str(shape),
+        dtype=name_of(dtype),
+        direction=direction,
+        flops=shape.flops(direction),
+    )
+
+
+@functools.cache
+def samples_in_turn(shape: Shape, dtype: torch.dtype, direction: str) -> dict[str, list[float]]:
+    """Seconds of each implementation's calls on the CPU, on the same inputs, one call of each after the other."""
+    tensors = make_inputs(shape, dtype, "cpu")
+    calls = {name: make_call(name, shape, direction, tensors) for name in CPU_IMPLEMENTATIONS}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def one_round() -> float:
+        begin = time.perf_counter()
+        for name, call in calls.items():
+            with chosen(name):
+                start = time.perf_counter()
+                call()
+                samples[name].append(time.perf_counter() - start)
+        return time.perf_counter() - begin
+
+    one_round()
+    seconds = one_round()
+    for taken in samples.values():
+        taken.clear()
+    for _ in range(min(max(int(CPU_SECONDS / seconds), ROUNDS[0]), ROUNDS[1])):
+        one_round()
+    return samples
+
+
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
+def test_cpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, implementation: str) -> None:
+    describe(benchmark, implementation, shape, dtype, direction)
+    benchmark.extra_info["samples"] = samples_in_turn(shape, dtype, direction)[implementation]
+    call = make_call(implementation, shape, direction, make_inputs(shape, dtype, "cpu"))
+    with chosen(implementation):
+        benchmark.pedantic(call, rounds=1)  # pytest-benchmark wants a call of its own; the samples are those above
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("implementation", GPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_gpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, implementation: str) -> None:
+    describe(benchmark, implementation, shape, dtype, direction)
+    count = max(1, L2_BYTES // (3 * shape.elements * dtype.itemsize))
+    calls = [make_call(implementation, shape, direction, make_inputs(shape, dtype, "cuda")) for _ in range(count)]
+    with chosen(implementation):
+        if implementation in SDPA_BACKENDS:
+            try:
+                calls[0]()
+            except RuntimeError as error:
+                if "No available kernel" not in str(error):
+                    raise
+                pytest.skip(f"{implementation}: {error}")
+        gpu.measure(benchmark, calls)
