@@ -15,10 +15,30 @@ from lmengine.ops.attention import attention, reference
 from tests.numerics import assert_right
 
 GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-BACKENDS = ["cuda", "triton"] if GPU else ["cpu", "triton"]  # without a GPU Triton runs in its interpreter
-DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if GPU else [])
-pytestmark = pytest.mark.skipif(not GPU and unusable("cpu") is not None, reason=str(unusable("cpu")))
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(unusable(name) is not None, reason=str(unusable(name))))
+    for name in (["cpu", "triton", "cuda"] if GPU else ["cpu", "triton"])
+]
+BACKENDS_AND_DTYPES = [
+    pytest.param(*backend.values, dtype, marks=backend.marks, id=f"{backend.values[0]}-{dtype}")
+    for backend in BACKENDS
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if backend.values[0] != "cpu" or dtype != torch.float16
+]
+
+
+def device_of(backend):
+    """Where a backend's tensors lie: without a GPU Triton runs in its interpreter."""
+    return "cuda" if GPU and backend != "cpu" else "cpu"
+
+
+def operators(backend):
+    """A backend's forward and backward as PyTorch knows them."""
+    found = torch.ops.lmengine
+    if backend == "triton":
+        return found.attention_triton_forward.default, found.attention_triton_backward.default
+    return found.attention_forward.default, found.attention_backward.default
+
 
 # batch, heads, query length, key length, head_dim
 SHAPES = [
@@ -33,12 +53,12 @@ SHAPES = [
 ]
 
 
-def inputs(shape, dtype, *, grad=True, magnitude=1.0):
+def inputs(shape, dtype, *, device="cpu", grad=True, magnitude=1.0):
     batch, heads, queries, keys, dim = shape
     made = []
     for length in (queries, keys, keys):
         # laid out as a layer makes them: the heads stand side by side in a row
-        tensor = (torch.randn(batch, length, heads, dim, device=DEVICE) * magnitude).to(dtype).transpose(1, 2)
+        tensor = (torch.randn(batch, length, heads, dim, device=device) * magnitude).to(dtype).transpose(1, 2)
         made.append(tensor.requires_grad_(grad))
     return made
 
@@ -71,47 +91,42 @@ def check_right(tensors, is_causal, scale=None, tiny=2e-6):
         assert_right(mine, other, ref, tiny=tolerance(mine.dtype, tiny) * max(1.0, ref.abs().max().item()), name=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_gradients(backend, dtype, is_causal, shape):
     with lmengine.use_backend(backend):
-        check_right(inputs(shape, dtype), is_causal)
+        check_right(inputs(shape, dtype, device=device_of(backend)), is_causal)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
 def test_any_scale(backend, scale):
     with lmengine.use_backend(backend):
-        check_right(inputs((2, 2, 60, 60, 32), torch.float32), True, scale)
+        check_right(inputs((2, 2, 60, 60, 32), torch.float32, device=device_of(backend)), True, scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_magnitudes_neither_overflow_nor_lose_rows(backend):
     # a score of 500 is rounded to 3e-5, and its weight with it
-    tensors = inputs((1, 2, 150, 150, 32), torch.float32, magnitude=10.0)
-    huge = inputs((1, 2, 150, 150, 32), torch.float32, magnitude=1e4)
+    tensors = inputs((1, 2, 150, 150, 32), torch.float32, device=device_of(backend), magnitude=10.0)
+    huge = inputs((1, 2, 150, 150, 32), torch.float32, device=device_of(backend), magnitude=1e4)
     with lmengine.use_backend(backend):
         check_right(tensors, True, tiny=3e-5)
         assert all(result.isfinite().all() for result in results(attention, huge, torch.ones_like(huge[0])))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_a_weight_computed_again_is_at_most_one(backend, dtype):
     """As where a recomputed score of 1e8 exceeds the logsumexp that was stored; a NaN is not bounded away."""
-    query, key, value, grad = (
-        inputs((1, 2, 40, 40, 32), dtype, grad=False) + inputs((1, 2, 40, 40, 32), dtype, grad=False)[:1]
-    )
-    backward = (
-        torch.ops.lmengine.attention_triton_backward if backend == "triton" else torch.ops.lmengine.attention_backward
-    )
-    logsumexp = torch.full((1, 2, 40), -1e6, device=DEVICE)
+    device = device_of(backend)
+    query, key, value = inputs((1, 2, 40, 40, 32), dtype, device=device, grad=False)
+    grad, backward = torch.randn_like(query), operators(backend)[1]
+    logsumexp = torch.full((1, 2, 40), -1e6, device=device)
     grads = backward(grad, query, key, value, torch.zeros_like(query), logsumexp, False, 1.0)
     assert all(g.isfinite().all() for g in grads)
     expected = grad.double().sum(2, keepdim=True).expand(value.shape)
-    torch.testing.assert_close(grads[2].double(), expected, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(grads[2].double(), expected, rtol=1e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
     key[0, 1, 7, 3] = torch.nan
     grad_value = backward(grad, query, key, value, torch.zeros_like(query), logsumexp, False, 1.0)[2]
     assert grad_value[0, 1, 7].isnan().all()
@@ -120,18 +135,45 @@ def test_a_weight_computed_again_is_at_most_one(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transposed_and_sliced_tensors(backend):
-    query, key, value = inputs((2, 2, 40, 40, 64), torch.float32, grad=False)
+    query, key, value = inputs((2, 2, 40, 40, 64), torch.float32, device=device_of(backend), grad=False)
     columns = [t.transpose(2, 3).contiguous().transpose(2, 3)[..., ::2].requires_grad_() for t in (query, key, value)]
     with lmengine.use_backend(backend):
         check_right(columns, True)
         broadcast = query[:, :1].expand(2, 2, 40, 64)
         torch.testing.assert_close(attention(broadcast, key, value), attention(broadcast.clone(), key, value))
+        # rows that begin at no multiple of 16 bytes
+        odd = [t[..., 3:43].detach().requires_grad_() for t in (query, key, value)]
+        check_right(odd, False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_beyond_32_bits(backend):
+    """Two batches that lie more than 2^31 elements apart; what lies between them is never touched."""
+    device, step = device_of(backend), 2**31 + 64
+    memory = torch.empty(step + 20 * 16, dtype=torch.bfloat16, device=device)
+    view = memory.as_strided((2, 1, 20, 16), (step, 16, 16, 1))
+    tensors = inputs((2, 1, 20, 20, 16), torch.bfloat16, device=device)
+    grad = torch.randn_like(tensors[0])
+    with lmengine.use_backend(backend):
+        near = results(attention, tensors, grad)
+        for index in range(3):
+            view.copy_(tensors[index].detach())
+            far = [*tensors[:index], view.detach().requires_grad_(), *tensors[index + 1 :]]
+            for ours, expected in zip(results(attention, far, grad), near, strict=True):
+                torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_more_heads_than_a_grid_dimension_has(backend):
+    with lmengine.use_backend(backend):
+        check_right(inputs((2, 40000, 3, 3, 16), torch.bfloat16, device="cuda"), True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 2, 5, 5, 16), (2, 0, 5, 5, 16), (2, 2, 0, 5, 16), (2, 2, 5, 0, 16)], ids=str)
 def test_empty_dimensions(backend, shape):
-    tensors = inputs(shape, torch.float32)
+    tensors = inputs(shape, torch.float32, device=device_of(backend))
     with lmengine.use_backend(backend):
         output = attention(*tensors)
         grads = torch.autograd.grad(output.sum(), tensors)
@@ -142,10 +184,10 @@ def test_empty_dimensions(backend, shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_in_its_row_and_is_not_hidden(backend):
-    query, key, value = inputs((1, 1, 70, 70, 32), torch.float32, grad=False)
-    clean = attention(query, key, value, True)
-    query[0, 0, 30, 3] = torch.nan
+    query, key, value = inputs((1, 1, 70, 70, 32), torch.float32, device=device_of(backend), grad=False)
     with lmengine.use_backend(backend):
+        clean = attention(query, key, value, True)
+        query[0, 0, 30, 3] = torch.nan
         output = attention(query, key, value, True)
     assert output[0, 0, 30].isnan().all()
     rest = [i for i in range(70) if i != 30]
@@ -162,25 +204,34 @@ def test_few_heads_are_shared_by_the_threads(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    query, key, value = inputs((2, 2, 9, 9, 16), dtype)
+def test_opcheck(backend, dtype):
+    query, key, value = inputs((2, 2, 9, 7, 16), dtype, device=device_of(backend))
+    forward, backward = operators(backend)
     for is_causal in (False, True):
-        torch.library.opcheck(torch.ops.lmengine.attention_forward.default, (query, key, value, is_causal, 0.25))
-        torch.library.opcheck(torch.ops.lmengine.attention_triton_forward, (query, key, value, is_causal, 0.25))
+        torch.library.opcheck(forward, (query, key, value, is_causal, 0.25))
+        output, logsumexp = (result.detach() for result in forward(query, key, value, is_causal, 0.25))
+        tensors = (torch.randn_like(output), query.detach(), key.detach(), value.detach(), output, logsumexp)
+        torch.library.opcheck(backward, (*tensors, is_causal, 0.25))
 
 
-def test_compile_without_graph_breaks():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_without_graph_breaks(backend, compiler, dynamic):
     torch._dynamo.reset()
-    tensors = inputs((2, 2, 33, 33, 32), torch.float32)
-    grad = torch.randn_like(tensors[0])
 
     def layer(q, k, v):
         return scaled_dot_product_attention(q * 2, k, v, is_causal=True).sin()
 
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for ours, eager in zip(results(compiled, tensors, grad), results(layer, tensors, grad), strict=True):
-        torch.testing.assert_close(ours, eager)
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler, dynamic=dynamic)
+    with lmengine.use_backend(backend):
+        for length in (33, 20) if dynamic else (33,):
+            tensors = inputs((2, 2, length, length, 32), torch.float32, device=device_of(backend))
+            grad = torch.randn_like(tensors[0])
+            for ours, eager in zip(results(compiled, tensors, grad), results(layer, tensors, grad), strict=True):
+                torch.testing.assert_close(ours, eager)
 
 
 def test_other_ranks_and_the_unsupported_arguments_of_the_function():
@@ -207,14 +258,14 @@ def test_wrong_arguments_are_named():
 
 def test_a_head_dim_that_no_kernel_has_is_refused_by_name_and_done_by_the_reference():
     query = torch.randn(1, 1, 4, 12)
-    with lmengine.use_backend(BACKENDS[0] if not GPU else "cpu"), pytest.raises(UnsupportedCall, match="head_dim"):
+    with lmengine.use_backend("cpu"), pytest.raises(UnsupportedCall, match="head_dim"):
         attention(query, query, query)
     found = lmengine.explain("attention", query, query, query)
     assert found.backend == "reference"
     assert "head_dim" in found.reasons["cpu"]
 
 
-@pytest.mark.skipif(GPU, reason="the CPU kernels are tested on machines without a GPU")
+@pytest.mark.skipif(unusable("cpu") is not None, reason=str(unusable("cpu")))
 @pytest.mark.parametrize("instructions", ["avx2", "avx512"])
 def test_older_processors(instructions):
     code = (
