@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+Counts = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float64]]
+
 def tokenise(text: str) -> list[str]: ...
+def add_counts(one: Counts, other: Counts, threads: int) -> Counts: ...
 
 class Counter:
     def __init__(self, max_entries: int) -> None: ...

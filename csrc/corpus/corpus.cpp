@@ -1,5 +1,5 @@
-// The Python module lmengine._corpus: tokenises, counts and encodes text as a stream. Its Python
-// face, with the documentation, is lmengine/embeddings/vocabulary.py.
+// The Python module lmengine._corpus: tokenises, counts and encodes text as a stream, and adds
+// counts of its pieces. Its Python face, with the documentation, is lmengine/embeddings/.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,8 +10,10 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <unordered_map>
 
+#include "corpus/merge.h"
 #include "corpus/tokeniser.h"
 
 namespace py = pybind11;
@@ -305,6 +307,33 @@ class EncodedFiles {
   std::unique_ptr<File> file_;
 };
 
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using CountArrays = std::tuple<Array<int32_t>, Array<int32_t>, Array<double>>;
+
+// The sum of two sorted lists of counts: rows, columns and values of each.
+CountArrays add_count_arrays(const CountArrays& one, const CountArrays& other, int64_t threads) {
+  const auto counts = [](const CountArrays& arrays) {
+    const auto& [rows, columns, values] = arrays;
+    if (rows.ndim() != 1 || columns.size() != rows.size() || values.size() != rows.size())
+      throw std::invalid_argument("counts: expected three arrays of one length");
+    return Counts{rows.data(), columns.data(), values.data(), rows.size()};
+  };
+  const Counts a = counts(one), b = counts(other);
+  CountArrays sum;
+  const py::gil_scoped_release release;
+  const auto allocate = [&](int64_t length) {
+    const py::gil_scoped_acquire acquire;
+    auto& [rows, columns, values] = sum;
+    rows = Array<int32_t>(length);
+    columns = Array<int32_t>(length);
+    values = Array<double>(length);
+    return std::tuple(rows.mutable_data(), columns.mutable_data(), values.mutable_data());
+  };
+  add_counts(a.length < b.length ? b : a, a.length < b.length ? a : b, threads, allocate);
+  return sum;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_corpus, m) {
@@ -317,6 +346,7 @@ PYBIND11_MODULE(_corpus, m) {
     }
   });
   m.def("tokenise", &tokenise, py::arg("text"));
+  m.def("add_counts", &add_count_arrays, py::arg("one"), py::arg("other"), py::arg("threads"));
   py::class_<Counter>(m, "Counter")
       .def(py::init<size_t>(), py::arg("max_entries"))
       .def("add_file", &Counter::add_file, py::arg("path"), py::arg("errors"))

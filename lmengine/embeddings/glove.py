@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmengine.checks import check_above_zero, check_callable, check_integer, shown
 from lmengine.embeddings.cooccurrence import Cooccurrence
-from lmengine.ops.embedding import glove_epoch, glove_schedule
+from lmengine.ops.embedding import MAX_PARTITIONS, glove_epoch, glove_schedule
+
+MAX_SEED = 2**62
 
 
 class GloVe:
@@ -45,10 +48,19 @@ class GloVe:
         partitions: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        for name, number in (("vocabulary_size", vocabulary_size), ("dim", dim), ("partitions", partitions)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
-        device = torch.device(device)
+        check_integer("vocabulary_size", vocabulary_size, 1, 2**31 - 1)
+        check_integer("dim", dim, 1)
+        check_integer("seed", seed, 0, MAX_SEED)
+        if partitions is not None:
+            check_integer("partitions", partitions, 1, MAX_PARTITIONS)
+        check_above_zero("x_max", x_max)
+        check_above_zero("alpha", alpha)
+        check_above_zero("eta", eta)
+        check_above_zero("grad_clip", grad_clip, infinite=True)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device: expected a device such as 'cpu' or 'cuda:0', got {shown(device)}") from error
         self.vocabulary_size, self.dim = vocabulary_size, dim
         self.x_max, self.alpha, self.eta, self.grad_clip = x_max, alpha, eta, grad_clip
         self.seed = seed
@@ -69,8 +81,12 @@ class GloVe:
             callback: called after every epoch with its number (from 1) and the mean cost of a count.
 
         Raises:
-            ValueError: the counts are of another vocabulary, or there are none.
+            TypeError, ValueError: the counts are of another vocabulary, or there are none; another argument is wrong.
         """
+        if not isinstance(cooccurrence, Cooccurrence):
+            raise TypeError(f"cooccurrence: expected counts (Cooccurrence), got {shown(cooccurrence)}")
+        check_integer("epochs", epochs, 0)
+        check_callable("callback", callback)
         if cooccurrence.vocabulary_size != self.vocabulary_size:
             raise ValueError(
                 f"cooccurrence: expected counts of {self.vocabulary_size} words, got {cooccurrence.vocabulary_size}"
@@ -121,14 +137,30 @@ class GloVe:
         """Go on from `state_dict`'s result.
 
         Raises:
-            KeyError: an entry is missing. ValueError: the state is of another vocabulary or dim.
+            TypeError: the state or an entry is of the wrong type. KeyError: an entry is missing.
+            ValueError: the state is of another vocabulary or dim, or holds numbers that no training leaves.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a dict from state_dict, got {shown(state)}")
+        wanted = ("parameters", "squared_gradients", "epoch", "seed", "partitions")
+        missing = [name for name in wanted if name not in state]
+        if missing:
+            raise KeyError(f"state: expected {', '.join(wanted)}; missing {', '.join(missing)}")
         for name in ("parameters", "squared_gradients"):
+            if not isinstance(state[name], Tensor):
+                raise TypeError(f"state[{name!r}]: expected a tensor, got {shown(state[name])}")
             if state[name].shape != self.parameters.shape:
                 raise ValueError(
                     f"state[{name!r}]: expected shape {tuple(self.parameters.shape)}, got {tuple(state[name].shape)}"
                 )
-        numbers = {name: int(state[name]) for name in ("epoch", "seed", "partitions")}
+            if not state[name].isfinite().all():
+                raise ValueError(f"state[{name!r}]: expected finite numbers, got others")
+        if not (state["squared_gradients"] > 0).all():
+            raise ValueError("state['squared_gradients']: expected numbers above 0, got others")
+        numbers = {name: state[name].item() if isinstance(state[name], Tensor) else state[name] for name in wanted[2:]}
+        check_integer("state['epoch']", numbers["epoch"], 0)
+        check_integer("state['seed']", numbers["seed"], 0, MAX_SEED)
+        check_integer("state['partitions']", numbers["partitions"], 1, MAX_PARTITIONS)
         self.parameters.copy_(state["parameters"])
         self.squared_gradients.copy_(state["squared_gradients"])
         self.epoch, self.seed, self.partitions = numbers["epoch"], numbers["seed"], numbers["partitions"]

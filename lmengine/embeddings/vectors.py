@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lmengine.checks import check_integer, shown
 from lmengine.files import PathLike, written_aside
 
 
@@ -20,10 +21,23 @@ class Vectors:
     """
 
     def __init__(self, words: Sequence[str], array: Tensor | np.ndarray) -> None:
+        if isinstance(words, (str, bytes)) or not isinstance(words, Iterable):
+            raise TypeError(f"words: expected a sequence of strings, got {shown(words)}")
         self.words = list(words)
+        for number, word in enumerate(self.words):
+            if not isinstance(word, str):
+                raise TypeError(f"words[{number}]: expected a string, got {shown(word)}")
+        if not isinstance(array, (Tensor, np.ndarray)) or (
+            isinstance(array, np.ndarray) and array.dtype.kind not in "fiu"
+        ):
+            raise TypeError(f"array: expected a tensor or a NumPy array of numbers, got {shown(array)}")
         self.array = torch.as_tensor(array, dtype=torch.float32).detach().cpu()
         if self.array.dim() != 2 or len(self.array) != len(self.words):
             raise ValueError(f"array: expected shape ({len(self.words)} words, dim), got {tuple(self.array.shape)}")
+        finite = self.array.isfinite().all(dim=1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"array: expected finite numbers, got others in row {row}, of {self.words[row]!r}")
         self.word_to_row = {word: row for row, word in enumerate(self.words)}
         norms = self.array.norm(dim=1, keepdim=True)
         self._directions = self.array / norms.clamp(min=torch.finfo(torch.float32).tiny)
@@ -53,15 +67,25 @@ class Vectors:
     def nearest(self, word: str | Tensor, k: int = 10) -> list[tuple[str, float]]:
         """The k words whose vectors point most nearly where the word's (or a given vector) does, with the cosines.
 
-        The word itself is left out. Raises KeyError for a word without a vector.
+        The word itself is left out.
+
+        Raises:
+            KeyError: a word without a vector. TypeError, ValueError: a vector of another size or of zeros; k below 0.
         """
+        check_integer("k", k, 0)
         if isinstance(word, str):
             row = self._row(word)
             cosines = self._directions @ self._directions[row]
             cosines[row] = -torch.inf
             available = len(self) - 1
         else:
+            if not isinstance(word, Tensor):
+                raise TypeError(f"word: expected a string or a tensor, got {shown(word)}")
             direction = word.float().cpu()
+            if direction.shape != self.array.shape[1:]:
+                raise ValueError(f"word: expected shape ({self.array.shape[1]},), got {tuple(direction.shape)}")
+            if not 0 < direction.norm() < torch.inf:
+                raise ValueError("word: expected a vector that points somewhere, got one of zeros or not finite")
             cosines = self._directions @ (direction / direction.norm())
             available = len(self)
         best = cosines.topk(max(0, min(k, available)))
@@ -117,4 +141,7 @@ class Vectors:
                 words.append(parts[0])
         if promised is not None and promised != len(words):
             raise ValueError(f"{path}: line 1 promises {promised} words, but {len(words)} follow")
-        return cls(words, np.stack(rows) if rows else np.empty((0, dim or 0), np.float32))
+        try:
+            return cls(words, np.stack(rows) if rows else np.empty((0, dim or 0), np.float32))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error

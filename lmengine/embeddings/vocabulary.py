@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lmengine import _corpus
+from lmengine.checks import check_integer, shown
 from lmengine.files import PathLike, text_files, written_aside
 
 MAX_ENTRIES = 20_000_000  # distinct tokens held while counting, some 100 bytes each
@@ -20,7 +22,30 @@ def tokenise(text: str) -> list[str]:
 
     An apostrophe inside a word and a point or comma inside a number belong to it: "don't", "3.14", "1,000".
     """
+    _check_text("text", text)
     return _corpus.tokenise(text)
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a string, got {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text, got half a surrogate pair at character {error.start}") from error
+
+
+def _check_choice(name: str, value: object, *choices: str) -> None:
+    if value not in choices:
+        listed = ", ".join(map(repr, choices[:-1]))
+        raise ValueError(f"{name}: expected {listed} or {choices[-1]!r}, got {shown(value)}")
+
+
+def _iterable(name: str, items: Iterable[Any], what: str) -> Iterator[Any]:
+    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+        got = "one string" if isinstance(items, str) else shown(items)
+        raise TypeError(f"{name}: expected an iterable of {what}, got {got}")
+    return iter(items)
 
 
 class Vocabulary:
@@ -32,8 +57,13 @@ class Vocabulary:
     """
 
     def __init__(self, tokens: Sequence[str], counts: Sequence[int] | None = None) -> None:
-        self.tokens = list(tokens)
-        self.counts = [0] * len(self.tokens) if counts is None else [int(count) for count in counts]
+        self.tokens = list(_iterable("tokens", tokens, "strings"))
+        for number, token in enumerate(self.tokens):
+            _check_text(f"tokens[{number}]", token)
+        given = [0] * len(self.tokens) if counts is None else list(_iterable("counts", counts, "whole numbers"))
+        for number, count in enumerate(given):
+            check_integer(f"counts[{number}]", count, 0)
+        self.counts = [int(count) for count in given]
         if len(self.counts) != len(self.tokens):
             raise ValueError(f"counts: expected {len(self.tokens)}, one a token, got {len(self.counts)}")
         self.token_to_id = {token: number for number, token in enumerate(self.tokens)}
@@ -54,10 +84,9 @@ class Vocabulary:
         Raises:
             ValueError: min_count or max_size is below 1, or min_count is too low for what max_entries made it forget.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts: expected an iterable of strings, got one string")
-        counter = _corpus.Counter(max_entries)
-        for text in texts:
+        counter = cls._counter(min_count, max_size, max_entries)
+        for number, text in enumerate(_iterable("texts", texts, "strings")):
+            _check_text(f"texts[{number}]", text)
             counter.add_text(text)
         return cls._from_counter(counter, min_count, max_size)
 
@@ -81,17 +110,22 @@ class Vocabulary:
             ValueError: a file is not UTF-8 (the message names the file and the byte), or as for `from_texts`.
             OSError: a file cannot be read.
         """
-        counter = _corpus.Counter(max_entries)
+        _check_choice("errors", errors, "strict", "replace")
+        counter = cls._counter(min_count, max_size, max_entries)
         for path in text_files(paths):
             counter.add_file(path, errors)
         return cls._from_counter(counter, min_count, max_size)
 
+    @staticmethod
+    def _counter(min_count: int, max_size: int | None, max_entries: int) -> _corpus.Counter:
+        check_integer("min_count", min_count, 1)
+        if max_size is not None:
+            check_integer("max_size", max_size, 1)
+        check_integer("max_entries", max_entries, 1)
+        return _corpus.Counter(max_entries)
+
     @classmethod
     def _from_counter(cls, counter: _corpus.Counter, min_count: int, max_size: int | None) -> Vocabulary:
-        if min_count < 1:
-            raise ValueError(f"min_count: expected at least 1, got {min_count}")
-        if max_size is not None and max_size < 1:
-            raise ValueError(f"max_size: expected at least 1 or None, got {max_size}")
         if counter.lost >= min_count:
             raise ValueError(
                 f"min_count: with max_entries this small, up to {counter.lost} occurrences of a token "
@@ -129,8 +163,10 @@ class Vocabulary:
         Returns:
             (tokens,) int32; −1 stands at breaks.
         """
+        _check_choice("breaks", breaks, "line", "paragraph", "file")
         pieces: list[np.ndarray] = []
-        for text in [texts] if isinstance(texts, str) else texts:
+        for number, text in enumerate([texts] if isinstance(texts, str) else _iterable("texts", texts, "strings")):
+            _check_text(f"texts[{number}]", text)
             numbers = self._encoder.encode_text(text, breaks)
             if len(numbers):
                 pieces += [np.array([-1], np.int32), numbers]
@@ -146,14 +182,24 @@ class Vocabulary:
         """Encode files as a stream: tensors like `encode` returns, of about max_tokens each.
 
         Raises:
-            ValueError: a file is not UTF-8; the message names the file and the byte.
+            TypeError, ValueError, OSError: at once, for bad arguments and missing files.
+            ValueError: while it is read, for a file that is not UTF-8; the message names the file and the byte.
         """
-        for numbers in _corpus.EncodedFiles(self._encoder, text_files(paths), breaks, errors, max_tokens):
-            yield torch.from_numpy(numbers)
+        _check_choice("breaks", breaks, "line", "paragraph", "file")
+        _check_choice("errors", errors, "strict", "replace")
+        check_integer("max_tokens", max_tokens, 1)
+        return map(torch.from_numpy, _corpus.EncodedFiles(self._encoder, text_files(paths), breaks, errors, max_tokens))
 
     def decode(self, numbers: Iterable[int] | Tensor) -> list[str]:
-        """The tokens of numbers; breaks are left out."""
-        listed = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+        """The tokens of numbers; breaks are left out.
+
+        Raises:
+            TypeError: `numbers` are not whole numbers. ValueError: one is not below the vocabulary's size.
+        """
+        listed = numbers.flatten().tolist() if isinstance(numbers, Tensor) else _iterable("numbers", numbers, "numbers")
+        listed = list(listed)
+        for place, number in enumerate(listed):
+            check_integer(f"numbers[{place}]", number, -(2**63), len(self) - 1)
         return [self.tokens[number] for number in listed if number >= 0]
 
     def save(self, path: PathLike) -> None:
@@ -176,6 +222,8 @@ class Vocabulary:
         if not isinstance(content, dict) or not {"tokens", "counts"} <= content.keys():
             raise ValueError(f"{path}: not a vocabulary: expected an object with the keys tokens and counts")
         try:
+            if not isinstance(content["tokens"], list) or not isinstance(content["counts"], list):
+                raise ValueError("expected a list of tokens and a list of counts")
             return cls(content["tokens"], content["counts"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a vocabulary: {error}") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmengine import backends
 from lmengine.backends import Operator
+from lmengine.checks import check_bool, check_integer, shown
 
 MAX_WINDOW = 32767
 
@@ -76,15 +77,15 @@ def _check(
     distance_weighting: bool = True,
 ) -> None:
     if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens: expected a tensor, got {type(tokens).__name__}")
+        raise TypeError(f"tokens: expected a tensor, got {shown(tokens)}")
     if tokens.dim() != 1:
         raise ValueError(f"tokens: expected shape (tokens,), got {tuple(tokens.shape)}")
     if tokens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"tokens: expected dtype int32 or int64, got {tokens.dtype}")
-    if not 1 <= vocabulary_size < 2**31:
-        raise ValueError(f"vocabulary_size: expected 1 to 2^31 - 1, got {vocabulary_size}")
-    if not 1 <= window_size <= MAX_WINDOW:
-        raise ValueError(f"window_size: expected 1 to {MAX_WINDOW}, got {window_size}")
+    check_integer("vocabulary_size", vocabulary_size, 1, 2**31 - 1)
+    check_integer("window_size", window_size, 1, MAX_WINDOW)
+    check_bool("symmetric", symmetric)
+    check_bool("distance_weighting", distance_weighting)
 
 
 _operator = Operator("cooccurrence", _check)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lmengine import backends
 from lmengine.backends import Operator
+from lmengine.checks import check_above_zero, check_integer, shown
+
+MAX_PARTITIONS = 32767
 
 
 def glove_epoch(
@@ -43,7 +46,7 @@ def glove_epoch(
         values: (entries,) counts of the parameters' dtype, above 0 and finite.
         stages: (stages, partitions + 1) int64: partition p of stage s is the entries from stages[s, p] to
             stages[s, p + 1].
-        eta, x_max, alpha, grad_clip: as above; all above 0.
+        eta, x_max, alpha, grad_clip: as above; all above 0, and finite but for grad_clip.
 
     Returns:
         the sum of the costs before each step: () float64.
@@ -74,12 +77,21 @@ def glove_schedule(
         partitions: how many parts may run at once, up to 32767.
         generator: source of the randomness.
 
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or dtype, or out of range.
+
     Returns:
         order (entries,) int64, a permutation to apply to rows, columns and values once; stages (partitions,
         partitions + 1) int64, whose rows may be put in another order before any epoch.
     """
-    if not 1 <= partitions < 2**15:
-        raise ValueError(f"partitions: expected 1 to 32767, got {partitions}")
+    check_integer("vocabulary_size", vocabulary_size, 1, 2**31 - 1)
+    check_integer("partitions", partitions, 1, MAX_PARTITIONS)
+    for name, words in (("rows", rows), ("columns", columns)):
+        if not isinstance(words, Tensor) or words.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected a tensor of int32 or int64, got {shown(words)}")
+        if words.shape != (rows.numel(),):
+            raise ValueError(f"{name}: expected shape (entries,) = ({rows.numel()},), got {tuple(words.shape)}")
+        check_range(name, words, vocabulary_size)
     row_part = _deal(rows, vocabulary_size, partitions)
     column_part = _deal(columns, vocabulary_size, partitions)
     shuffled = torch.randperm(len(rows), generator=generator, device=generator.device if generator else "cpu")
@@ -114,6 +126,19 @@ def _check(
     alpha: float = 0.75,
     grad_clip: float = 100.0,
 ) -> None:
+    tensors = {
+        "parameters": parameters,
+        "squared_gradients": squared_gradients,
+        "rows": rows,
+        "columns": columns,
+        "values": values,
+        "stages": stages,
+    }
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {shown(tensor)}")
+        if tensor.device != parameters.device:
+            raise ValueError(f"{name}: expected a tensor on the parameters' {parameters.device}, got {tensor.device}")
     if parameters.dim() != 3 or parameters.shape[0] != 2 or parameters.shape[2] < 2:
         raise ValueError(f"parameters: expected shape (2, vocabulary, dim + 1), got {tuple(parameters.shape)}")
     if not parameters.is_contiguous():
@@ -136,9 +161,10 @@ def _check(
         raise TypeError(f"stages: expected dtype int64, got {stages.dtype}")
     if stages.dim() != 2 or stages.shape[1] < 2:
         raise ValueError(f"stages: expected shape (stages, partitions + 1), got {tuple(stages.shape)}")
-    for name, number in (("eta", eta), ("x_max", x_max), ("alpha", alpha), ("grad_clip", grad_clip)):
-        if not number > 0:
-            raise ValueError(f"{name}: expected a number above 0, got {number}")
+    check_above_zero("eta", eta)
+    check_above_zero("x_max", x_max)
+    check_above_zero("alpha", alpha)
+    check_above_zero("grad_clip", grad_clip, infinite=True)
 
 
 _operator = Operator("glove_epoch", _check)
@@ -182,17 +208,30 @@ def _reference(
 
 def check_entries(vocabulary_size: int, rows: Tensor, columns: Tensor, values: Tensor, stages: Tensor) -> None:
     """Raise RuntimeError for a row, column, value or stage that is out of its range."""
-    for name, tensor in (("rows", rows), ("columns", columns)):
-        wrong = ((tensor < 0) | (tensor >= vocabulary_size)).nonzero()
-        if len(wrong):
-            at = int(wrong[0])
-            raise RuntimeError(f"{name}: expected 0 to {vocabulary_size - 1}, got {int(tensor[at])} at entry {at}")
-    wrong = ~((values > 0) & (values < torch.inf))
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise RuntimeError(f"values: expected finite numbers above 0, got {float(values[at]):g} at entry {at}")
+    try:
+        check_range("rows", rows, vocabulary_size)
+        check_range("columns", columns, vocabulary_size)
+        check_counts(values)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
     if stages.numel() and (stages.min() < 0 or stages.max() > len(rows) or (stages.diff(dim=1) < 0).any()):
         raise RuntimeError(f"stages: expected rows that do not fall, of numbers from 0 to {len(rows)}")
+
+
+def check_range(name: str, words: Tensor, vocabulary_size: int) -> None:
+    """Raise ValueError for a word that is not in [0, vocabulary_size)."""
+    if words.numel() == 0 or (words.min() >= 0 and words.max() < vocabulary_size):
+        return
+    at = int(((words < 0) | (words >= vocabulary_size)).nonzero()[0])
+    raise ValueError(f"{name}: expected 0 to {vocabulary_size - 1}, got {int(words[at])} at entry {at}")
+
+
+def check_counts(values: Tensor) -> None:
+    """Raise ValueError for a count that is not above 0 and finite."""
+    if values.numel() == 0 or (values.min() > 0 and values.max() < torch.inf):
+        return
+    at = int((~((values > 0) & (values < torch.inf))).nonzero()[0])
+    raise ValueError(f"values: expected finite numbers above 0, got {float(values[at]):g} at entry {at}")
 
 
 _operator.register("reference", _reference, lambda *args, **kwargs: None)

@@ -128,7 +128,7 @@ def test_word_outside_of_vocabulary(backend):
         (([1, 2], 3), TypeError, "tokens: expected a tensor, got list"),
         ((torch.zeros(2, 2, dtype=torch.int), 3), ValueError, r"tokens: expected shape \(tokens,\), got \(2, 2\)"),
         ((torch.zeros(2), 3), TypeError, "tokens: expected dtype int32 or int64, got torch.float32"),
-        ((torch.zeros(2, dtype=torch.int), 0), ValueError, r"vocabulary_size: expected 1 to 2\^31 - 1, got 0"),
+        ((torch.zeros(2, dtype=torch.int), 0), ValueError, "vocabulary_size: expected 1 to 2147483647, got 0"),
         ((torch.zeros(2, dtype=torch.int), 3, 0), ValueError, "window_size: expected 1 to 32767, got 0"),
     ],
 )

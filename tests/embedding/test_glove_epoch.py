@@ -183,7 +183,7 @@ def test_bad_arguments(argument, change, error, message):
     arguments[argument] = change(arguments[argument])
     with pytest.raises(error, match=message):
         glove_epoch(*arguments)
-    with pytest.raises(ValueError, match=r"eta: expected a number above 0, got 0"):
+    with pytest.raises(ValueError, match=r"eta: expected a finite number above 0, got 0"):
         glove_epoch(*problem(), eta=0)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmengine import _corpus
 from lmengine.embeddings import Cooccurrence, GloVe, Vectors, Vocabulary
 from lmengine.ops.cooccurrence import cooccurrence
 
@@ -32,6 +33,49 @@ def test_counting_in_pieces(tmp_path, breaks):
         assert torch.equal(counted.rows, rows) and torch.equal(counted.columns, columns)
         torch.testing.assert_close(counted.values, values, rtol=1e-6, atol=0)
     assert len(Cooccurrence.from_tokens([], 5)) == 0
+
+
+def random_counts(vocabulary: int, entries: int) -> tuple[torch.Tensor, ...]:
+    keys = torch.randint(0, vocabulary**2, (entries,)).unique()
+    return (keys // vocabulary).int(), (keys % vocabulary).int(), torch.rand(len(keys), dtype=torch.float64) + 0.1
+
+
+@pytest.mark.parametrize("entries", [(0, 0), (1, 0), (0, 70), (300, 300), (200_000, 5), (150_000, 300_000)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_adding_counts(entries, threads):
+    """Two sorted lists are added entry by entry, whichever is longer, in one part and in several."""
+    one, other = (random_counts(1000, number) for number in entries)
+    arrays = [tuple(tensor.numpy() for tensor in counts) for counts in (one, other)]
+    rows, columns, values = map(torch.from_numpy, _corpus.add_counts(*arrays, threads))
+    dense = torch.zeros(1000, 1000, dtype=torch.float64)
+    for counts in (one, other):
+        dense[counts[0].long(), counts[1].long()] += counts[2]
+    right = dense.nonzero()
+    assert torch.equal(rows, right[:, 0].int()) and torch.equal(columns, right[:, 1].int())
+    assert torch.equal(values, dense[right[:, 0], right[:, 1]])
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_counting_a_long_text(monkeypatch, breaks):
+    """A text in memory is cut at breaks, says how far it is, and gives the counts of the whole."""
+    monkeypatch.setattr("lmengine.embeddings.cooccurrence.PIECE_TOKENS", 1000)
+    tokens = torch.randint(0, 50, (20_000,))
+    if breaks:
+        tokens[torch.rand(20_000) < 0.1] = -1
+    said = []
+    counted = Cooccurrence.from_tokens(tokens, 50, 5, callback=said.append)
+    rows, columns, values = cooccurrence(tokens, 50, 5)
+    assert torch.equal(counted.rows, rows) and torch.equal(counted.columns, columns)
+    torch.testing.assert_close(counted.values, values, rtol=2e-7, atol=0)
+    assert said == sorted(said) and said[-1] == 20_000
+    assert 16 <= len(said) <= 17 if breaks else len(said) == 1
+
+
+def test_progress_of_a_stream():
+    said = []
+    pieces = [torch.tensor([1, 2]), torch.tensor([-1, 3]), torch.tensor([0, -1, -1]), torch.tensor([2])]
+    Cooccurrence.from_tokens(iter(pieces), 5, callback=said.append)
+    assert said == [3, 7, 8]
 
 
 def test_save_and_load_counts(tmp_path):
