@@ -40,6 +40,7 @@ from lmengine.models import (
 )
 from lmengine.tasks.generation import generate
 from lmengine.tasks.run import Run
+from lmengine.tasks.speed import measure
 from lmengine.tasks.view import View
 from lmengine.training import (
     History,
@@ -311,8 +312,7 @@ class Job:
         encoded = (vocabulary.encode(piece, breaks="file") for piece in pieces)
         tokens = torch.cat([t for piece in encoded for t in (piece, torch.tensor([-1], dtype=torch.int32))])
         with view.progress("counting pairs", len(tokens), "tokens") as advance:
-            counts = Cooccurrence.from_tokens(tokens, len(vocabulary), self.settings.window_size)
-            advance(len(tokens))
+            counts = Cooccurrence.from_tokens(tokens, len(vocabulary), self.settings.window_size, callback=advance)
         counts.save(path)
         view.say(f"{len(counts):,} pairs of words co-occur, in {len(tokens):,} tokens")
         return counts
@@ -468,7 +468,14 @@ class Job:
         return [WordTokenizer.join(WordTokenizer.split(text)[:4]) for text in held[:3]]
 
     def measure_kernels(self) -> dict[str, Any]:
-        return {}
+        with self.run.view.progress("measuring", 0, "kernels") as advance:
+            measured = measure(progress=lambda done, total, name: advance(done, total=total, note=name))
+        rows = [
+            (f"{kernel.family}, {kernel.direction}", kernel.shape, f"{kernel.ratio:.2f} x PyTorch's speed")
+            for kernel in measured
+        ]
+        self.run.view.table("", ("kernel", "shape", ""), rows)
+        return {"kernels": [asdict(kernel) for kernel in measured]}
 
     def write_report(self) -> Path:
         return self.run.folder / "report.html"
