@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cooccurrence/cooccurrence_checks.h"
-#include "cooccurrence/cooccurrence_gpu.h"
+#include "cooccurrence/cooccurrence_cuda.h"
 #include "support/stream.h"
 
 namespace lmengine {

@@ -14,7 +14,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cooccurrence/cooccurrence_gpu.h"
+#include "cooccurrence/cooccurrence_cuda.h"
 #include "cooccurrence/sort.h"
 #include "support/cuda.h"
 

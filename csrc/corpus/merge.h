@@ -47,8 +47,8 @@ void merge(const Counts& one, int64_t i, int64_t i_end, const Counts& other, int
 }
 
 // The sum of two lists on several threads: each takes a range of keys, first to count its part of
-// the sum and then to write it, into memory that allocate(length) gives as pointers to rows, columns
-// and values.
+// the sum and then to write it, into memory that allocate(length) gives as pointers to rows,
+// columns and values.
 template <class Allocate>
 void add_counts(const Counts& one, const Counts& other, int64_t threads, Allocate&& allocate) {
   const int64_t parts = std::clamp<int64_t>(one.length / 65536, 1, threads);

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "embedding/embedding_checks.h"
-#include "embedding/embedding_gpu.h"
+#include "embedding/embedding_cuda.h"
 #include "support/stream.h"
 
 namespace lmengine {
@@ -23,6 +23,10 @@ Tensor glove_epoch(Tensor parameters, Tensor squared_gradients, const Tensor& ro
                    double x_max, double alpha, double grad_clip) {
   GloveParameters p = glove_parameters(parameters, squared_gradients, rows, columns, values, stages,
                                        eta, x_max, alpha, grad_clip);
+  for (const Tensor* tensor :
+       std::initializer_list<const Tensor*>{&squared_gradients, &rows, &columns, &values, &stages})
+    LMENGINE_CHECK(tensor->is_cuda() && tensor->get_device_index() == parameters.get_device_index(),
+                   "glove_epoch: expected all tensors on the parameters' device");
   const cuda::DeviceGuard guard(parameters.get_device_index());
   void* stream = cuda::current_stream(parameters.get_device_index());
   Tensor workspace = torch::stable::new_empty(parameters, {4}, ScalarType::Long);

@@ -8,7 +8,7 @@
 // be. A vector of dim + 1 numbers begins at any multiple of 4 bytes, so the loads are of 4 bytes,
 // 32 neighbours at a time. A stage ends with its launch: on current GPUs that costs no more than a
 // barrier over the grid, and leaves the number of partitions free.
-#include "embedding/embedding_gpu.h"
+#include "embedding/embedding_cuda.h"
 #include "support/cuda.h"
 
 namespace lmengine {

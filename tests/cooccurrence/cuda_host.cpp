@@ -3,7 +3,7 @@
 #include <cstring>
 #include <new>
 
-#include "cooccurrence/cooccurrence_gpu.h"
+#include "cooccurrence/cooccurrence_cuda.h"
 #include "cooccurrence/sort.h"
 
 namespace {

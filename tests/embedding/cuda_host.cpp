@@ -1,7 +1,7 @@
 // GloVe's epoch on a GPU for runs on the CPU.
 #include <vector>
 
-#include "embedding/embedding_gpu.h"
+#include "embedding/embedding_cuda.h"
 
 extern "C" void glove_epoch(const int32_t* rows, const int32_t* columns, const float* values,
                             const int64_t* stages, float* parameters, float* squared_gradients,
