@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lmengine import _corpus
 from lmengine.checks import check_callable, check_integer, shown
-from lmengine.embeddings.vocabulary import _corpus
 from lmengine.files import PathLike, written_aside
 from lmengine.ops.cooccurrence import cooccurrence
 from lmengine.ops.embedding import check_counts, check_range
