@@ -69,7 +69,8 @@ def measure(
     results = []
     for done, case in enumerate(cases):
         progress(done, len(cases), f"{case.family} {case.direction}")
-        results.append(_time(case, seconds))
+        ours, theirs = map(statistics.median, samples(case, seconds))
+        results.append(KernelSpeed(case.family, case.direction, case.shape, case.dtype, ours, theirs, theirs / ours))
     progress(len(cases), len(cases), "")
     return results
 
@@ -87,20 +88,21 @@ def main_cases(device: str | torch.device = "cpu") -> list[Case]:
     ]
 
 
-def _time(case: Case, seconds: float) -> KernelSpeed:
-    samples: dict[str, list[float]] = {"ours": [], "theirs": []}
-    calls = [("ours", case.ours), ("theirs", case.theirs)]
-    for _, call in calls:
+def samples(case: Case, seconds: float) -> tuple[list[float], list[float]]:
+    """The seconds of each of our calls and of PyTorch's, taken in turn; see `measure`."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    calls = [(case.ours, ours), (case.theirs, theirs)]
+    for call, _ in calls:
         call()
     begin = time.perf_counter()
     for round in range(100):
         if time.perf_counter() - begin > (seconds if round >= 3 else 8 * seconds):
             break
-        for name, call in calls:
-            samples[name].append(_seconds(call))
+        for call, taken in calls:
+            taken.append(_seconds(call))
         calls.reverse()  # neither is always the one that finds the caches cold
-    ours, theirs = statistics.median(samples["ours"]), statistics.median(samples["theirs"])
-    return KernelSpeed(case.family, case.direction, case.shape, case.dtype, ours, theirs, theirs / ours)
+    return ours, theirs
 
 
 def _seconds(call: Call) -> float:
@@ -164,7 +166,7 @@ def _cases(
     family: str, shape: str, dtype: torch.dtype, ours: tuple[Call, Call], theirs: tuple[Call, Call]
 ) -> list[Case]:
     name = str(dtype).removeprefix("torch.")
-    directions = ("forward", "forward and backward")
+    directions = ("forward", "forward+backward")
     return [
         Case(family, direction, shape, name, mine, other)
         for direction, mine, other in zip(directions, ours, theirs, strict=True)

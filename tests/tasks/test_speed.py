@@ -59,7 +59,7 @@ def test_torchs_glove_epoch_learns_as_fast_as_ours():
 )
 def test_both_directions_do_the_same_work(cases):
     (forward, both) = cases
-    assert (forward.direction, both.direction) == ("forward", "forward and backward")
+    assert (forward.direction, both.direction) == ("forward", "forward+backward")
     assert not forward.ours().requires_grad and forward.ours().shape == forward.theirs().shape
     mine, other = both.ours(), both.theirs()
     assert [x.shape for x in mine] == [x.shape for x in other] and all(x.any() for x in mine)
