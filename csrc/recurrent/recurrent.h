@@ -6,10 +6,12 @@
 
 namespace lmengine {
 
+enum class LstmType { float32, bfloat16, float16 };
+
 struct LstmSizes {
   int64_t length, batch, hidden;
-  bool bf16;    // the element type: bfloat16, or float
-  int threads;  // how many threads may share a step
+  LstmType type;    // of the elements
+  int threads = 1;  // how many threads may share a step, on the CPU
 };
 
 // Elements without a note are of the element type; cell states and workspaces are float always.
@@ -23,7 +25,7 @@ struct LstmForward {
   void* final_cell;         // (batch, hidden)
   float* cells;             // (length, batch, hidden), or null: not kept
   void* gates;              // (length, batch, 4 * hidden) after their nonlinearities, or null
-  float* workspace;         // lstm_workspace(sizes) floats, 64-byte aligned
+  void* workspace;  // lstm_workspace(sizes) floats, 64-byte aligned; on a GPU see recurrent_cuda.h
 };
 
 struct LstmBackward {
@@ -38,16 +40,16 @@ struct LstmBackward {
   void* grad_input_gates;  // (length, batch, 4 * hidden)
   void* grad_hidden;       // (batch, hidden)
   void* grad_cell;         // (batch, hidden)
-  float* workspace;
+  void* workspace;
 };
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Floats of workspace for either direction: the packed weight (in panels of at most 64 hidden
-// units), two steps' operands of the recurrent product (hidden states forward, gate gradients
-// backward), the running hidden and cell states or their gradients, and the barriers.
+// Floats of workspace on the CPU, for either direction: the packed weight (in panels of at most 64
+// hidden units), two steps' operands of the recurrent product (hidden states forward, gate
+// gradients backward), the running hidden and cell states or their gradients, and the barriers.
 inline int64_t lstm_workspace(const LstmSizes& sizes) {
   const int64_t padded = round_up(sizes.hidden, 64);
   return 4 * padded * padded + 2 * sizes.batch * 4 * padded + 2 * sizes.batch * padded +

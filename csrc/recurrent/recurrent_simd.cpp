@@ -28,7 +28,8 @@ struct Workspace {
   float* cell;       // (batch, hidden)
   Barrier* barriers;
 
-  Workspace(const LstmSizes& sizes, float* memory) {
+  Workspace(const LstmSizes& sizes, void* workspace) {
+    float* memory = static_cast<float*>(workspace);
     const int64_t padded = round_up(sizes.hidden, 64);
     const int64_t states_size = sizes.batch * 4 * padded;
     barriers = reinterpret_cast<Barrier*>(memory);
@@ -221,11 +222,13 @@ void backward(const LstmBackward& p) {
 }  // namespace
 
 void lstm_forward(const LstmForward& parameters) {
-  parameters.sizes.bf16 ? forward<bf16>(parameters) : forward<float>(parameters);
+  parameters.sizes.type == LstmType::bfloat16 ? forward<bf16>(parameters)
+                                              : forward<float>(parameters);
 }
 
 void lstm_backward(const LstmBackward& parameters) {
-  parameters.sizes.bf16 ? backward<bf16>(parameters) : backward<float>(parameters);
+  parameters.sizes.type == LstmType::bfloat16 ? backward<bf16>(parameters)
+                                              : backward<float>(parameters);
 }
 
 }  // namespace lmengine::LMENGINE_ISA

@@ -40,6 +40,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// Bytes of shared memory that a block may ask for on the current device.
+inline int shared_memory_per_block() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 template <class... Parameters>
 inline void allow_shared_memory(void (*kernel)(Parameters...), size_t shared_bytes) {
   if (shared_bytes > 48 * 1024) {

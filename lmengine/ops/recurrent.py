@@ -5,6 +5,7 @@ Dimensions: length, batch, hidden. Gates are in the order input, forget, cell, o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,14 +149,22 @@ def lstm_gradients(backward: Any) -> Any:
     return formula
 
 
-def unsupported_by_cpu(
-    input_gates: torch.Tensor, weight_hh: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
-) -> str | None:
-    if input_gates.dtype not in (torch.float32, torch.bfloat16):
-        return f"input_gates: expected float32 or bfloat16, got {input_gates.dtype}"
-    return None
+def unsupported(*dtypes: torch.dtype) -> Callable[..., str | None]:
+    """A backend's check: its dtypes are all that may be in the way."""
+
+    def reason(
+        input_gates: torch.Tensor, weight_hh: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> str | None:
+        if input_gates.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"input_gates: expected {names}, got {input_gates.dtype}"
+        return None
+
+    return reason
 
 
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATOR = Operator("lstm", check)
 OPERATOR.register("reference", lstm_reference, lambda *_: None)
 if library() is not None:
@@ -166,5 +175,47 @@ if library() is not None:
         lstm_gradients(torch.ops.lmengine.lstm_backward),
         setup_context=save_for_backward,
     )
-    OPERATOR.register("cpu", lstm_compiled, unsupported_by_cpu)
+    OPERATOR.register("cpu", lstm_compiled, unsupported(*CPU_DTYPES))
+    OPERATOR.register("cuda", lstm_compiled, unsupported(*GPU_DTYPES))
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lmengine::lstm_triton_forward", mutates_args=())
+def triton_forward(
+    input_gates: torch.Tensor, weight_hh: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from lmengine.kernels import recurrent as kernels
+
+    return kernels.forward(input_gates, weight_hh, hidden, cell, keep)
+
+
+@torch.library.custom_op("lmengine::lstm_triton_backward", mutates_args=())
+def triton_backward(
+    grad_outputs: torch.Tensor | None,
+    grad_final_hidden: torch.Tensor | None,
+    grad_final_cell: torch.Tensor | None,
+    weight_hh: torch.Tensor,
+    cell: torch.Tensor,
+    cells: torch.Tensor,
+    gates: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from lmengine.kernels import recurrent as kernels
+
+    return kernels.backward(grad_outputs, grad_final_hidden, grad_final_cell, weight_hh, cell, cells, gates)
+
+
+def lstm_triton(
+    input_gates: torch.Tensor, weight_hh: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+) -> Tensors3:
+    keep = keeps(input_gates, weight_hh, hidden, cell)
+    return triton_forward(input_gates, weight_hh, hidden, cell, keep)[:3]
+
+
+triton_forward.register_fake(lstm_forward_fake)
+triton_backward.register_fake(lstm_backward_fake)
+triton_forward.register_autograd(lstm_gradients(triton_backward), setup_context=save_for_backward)
+OPERATOR.register("triton", lstm_triton, unsupported(*GPU_DTYPES))
+
 lstm.operator_name = "lstm"  # type: ignore[attr-defined]

@@ -86,6 +86,8 @@ namespace lmengine::cuda {
 
 inline int multiprocessors() { return 4; }
 
+inline int shared_memory_per_block() { return 163 * 1024; }
+
 template <class... Parameters>
 inline int blocks_per_multiprocessor(void (*)(Parameters...), int, size_t) {
   return 1;

@@ -11,6 +11,8 @@ GPU = torch.cuda.is_available()
 PLACES = [("cpu", "cpu", dtype) for dtype in (torch.float32, torch.bfloat16)]
 if GPU:
     PLACES += [(b, "cuda", d) for b in ("cuda", "triton") for d in (torch.float32, torch.bfloat16, torch.float16)]
+else:
+    PLACES += [("triton", "cpu", d) for d in (torch.float32, torch.bfloat16, torch.float16)]  # in the interpreter
 PLACE_IDS = [f"{backend}-{str(dtype).removeprefix('torch.')}" for backend, _, dtype in PLACES]
 
 
