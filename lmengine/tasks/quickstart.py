@@ -38,7 +38,9 @@ from lmengine.models import (
     load_model,
     save_model,
 )
+from lmengine.tasks import quickstart_report
 from lmengine.tasks.generation import generate
+from lmengine.tasks.quickstart_report import LANGUAGE_MODELS
 from lmengine.tasks.run import Run
 from lmengine.tasks.speed import measure
 from lmengine.tasks.view import View
@@ -54,7 +56,6 @@ from lmengine.training import (
 
 PYTHON_PROMPTS = ("return a list of", "the following example", "raise an error if")
 UNRECORDED = {"out", "corpus", "prompts", "kernels"}  # settings that may differ when a run goes on, or told elsewise
-NAMES = {"lstm": "LSTM", "transformer": "Transformer"}
 FUNCTION_WORDS = set(
     [
         "about",
@@ -256,7 +257,7 @@ class Job:
         run.stage("samples", "Generated text", self.write_samples)
         if self.settings.kernels:
             run.stage("kernels", "Kernels beside PyTorch", self.measure_kernels)
-        return self.write_report()
+        return quickstart_report.write(run)
 
     def describe_corpus(self) -> dict[str, Any]:
         facts = self.corpus.facts
@@ -404,7 +405,7 @@ class Job:
             reason = "the text has no two labels of 8 documents or more (a folder's files or subfolders are labels)"
             view.say(f"left out: {reason}")
             return {"left_out": reason}
-        chosen = min(NAMES, key=lambda name: self.run.stages[name]["perplexity"])
+        chosen = min(LANGUAGE_MODELS, key=lambda name: self.run.stages[name]["perplexity"])
         backbone, tokenizer = load_model(self.run.folder / chosen)
         assert isinstance(backbone, LanguageModel)
         torch.manual_seed(settings.seed)
@@ -453,13 +454,13 @@ class Job:
             list(PYTHON_PROMPTS) if self.settings.corpus is None else self._beginnings()
         )
         samples = []
-        for name in NAMES:
+        for name in LANGUAGE_MODELS:
             model, tokenizer = load_model(self.run.folder / name)
             assert isinstance(model, LanguageModel)
             for number, prompt in enumerate(prompts):
                 text = generate(model, tokenizer, prompt, seed=self.settings.seed + number)
                 samples.append({"model": name, "prompt": prompt, "text": text})
-                self.run.view.say(f"{NAMES[name]}: {text}")
+                self.run.view.say(f"{LANGUAGE_MODELS[name]}: {text}")
         return {"samples": samples}
 
     def _beginnings(self) -> list[str]:
@@ -476,9 +477,6 @@ class Job:
         ]
         self.run.view.table("", ("kernel", "shape", ""), rows)
         return {"kernels": [asdict(kernel) for kernel in measured]}
-
-    def write_report(self) -> Path:
-        return self.run.folder / "report.html"
 
 
 def words_to_show(words: list[str], count: int = 8) -> list[str]:
