@@ -77,18 +77,13 @@ def line_chart(chart: Chart) -> str:
 def word_map(words: Sequence[str], vectors: Tensor) -> str:
     """A map of word vectors, (words, dim), as an `<svg>` element: words of near vectors stand near each other."""
     width, height, size = 720, 560, 10
-    points, middles = place_labels(tsne(vectors), words, width, height, size)
+    middles = place_labels(tsne(vectors), words, width, height, size)
     figure, axes = _figure(width / 72, height / 72)
     axes.set_position((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set(xlim=(0, width), ylim=(0, height))
-    for (x, y), (label_x, label_y), word in zip(points.tolist(), middles.tolist(), words, strict=True):
-        if abs(label_y - y) > 1.5 * size or abs(label_x - x) > 2.5 * size:
-            axes.plot([x, label_x], [y, label_y], color=LINE, linewidth=0.8, zorder=1)
-        axes.text(
-            label_x, label_y, word, fontsize=size, color=INK, ha="center", va="center", parse_math=False, zorder=3
-        )
-    axes.scatter(points[:, 0], points[:, 1], s=9, color=FIRST, linewidths=0, zorder=2)
+    for (x, y), word in zip(middles.tolist(), words, strict=True):
+        axes.text(x, y, word, fontsize=size, color=INK, ha="center", va="center", parse_math=False)
     return _inline(figure, f"map of {len(words)} words")
 
 

@@ -34,7 +34,6 @@ body {
 }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 0.75rem; padding-bottom: 0.3rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
 .about, .note, small, figcaption, cite { color: var(--soft); }
 .about, .note { margin: 0.25rem 0 1rem; }
 .note, small, figcaption { font-size: 0.875rem; }
@@ -87,7 +86,7 @@ cite { font-style: normal; font-size: 0.875rem; }
 .key { white-space: nowrap; margin-left: 0.75rem; }
 .key i { display: inline-block; width: 0.75rem; height: 0.75rem; border-radius: 2px; margin-right: 0.3rem; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 0 1.5rem; margin: 0; }
-dl div { display: flex; gap: 0.75rem; padding: 0.3rem 0; border-bottom: 1px solid var(--line); }
+dl div { display: flex; gap: 0.75rem; padding: 0.2rem 0; font-size: 0.9375rem; border-bottom: 1px solid var(--line); }
 dt { color: var(--soft); flex: 0 0 8rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {

@@ -102,7 +102,7 @@ def render(report: Report) -> str:
         _section("Classifier", _classification(report.classification)),
         _section("Generated text", _samples(report.samples)),
         _section("Kernels beside PyTorch", _kernels(report.kernels)),
-        _section("This run", _facts(report.facts) + _stages(report.stages)),
+        _section("Time", _stages(report.stages)),
     ]
     body = "\n".join(part for part in parts if part)
     about = f"<p class=about>{text(report.about)}</p>" if report.about else ""
@@ -112,7 +112,8 @@ def render(report: Report) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{text(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<header><h1>{text(report.title)}</h1>{about}</header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<header><h1>{text(report.title)}</h1>{about}{_facts(report.facts)}</header>\n"
+        f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -240,4 +241,4 @@ def _stages(stages: Sequence[tuple[str, float]]) -> str:
         return ""
     rows = [*stages, ("all stages", sum(seconds for _, seconds in stages))]
     cells = "".join(f"<tr><th scope=row>{text(name)}</th><td>{duration(seconds)}</td></tr>" for name, seconds in rows)
-    return f"<h3>Time</h3><table class=stages>{cells}</table>"
+    return f"<table class=stages>{cells}</table>"

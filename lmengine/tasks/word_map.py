@@ -76,10 +76,8 @@ def text_width(text: str) -> float:
     return sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.56 for letter in text)
 
 
-def place_labels(
-    places: np.ndarray, labels: Sequence[str], width: float, height: float, size: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fit places into a canvas and find places for the labels that do not overlap, close to their points.
+def place_labels(places: np.ndarray, labels: Sequence[str], width: float, height: float, size: float) -> np.ndarray:
+    """Places for labels on a canvas: as the points lie, but pushed apart where they would overlap.
 
     Args:
         places: (n, 2).
@@ -87,18 +85,17 @@ def place_labels(
         width, height: of the canvas, in points.
 
     Returns:
-        the points and the middles of the labels on the canvas: (n, 2) each, y upwards.
+        the middles of the labels, (n, 2), y upwards.
     """
-    half = np.array([[text_width(label) * size / 2 + 2, size * 0.62] for label in labels])
+    half = np.array([[text_width(label) * size / 2 + 3, size * 0.62] for label in labels])
     canvas = np.array([width, height])
     margin = np.minimum(half.max(0) + size, canvas / 3)
     low, high = places.min(0), places.max(0)
-    points = margin + (places - low) / (high - low).clip(min=1e-9) * (canvas - 2 * margin)
-    middles = points + np.array([0, size * 0.9])
+    middles = margin + (places - low) / (high - low).clip(min=1e-9) * (canvas - 2 * margin)
     reach = half[:, None] + half[None]  # (n, n, 2)
     number = np.arange(len(labels))
     turn = np.sign(number[:, None] - number[None])[..., None]  # which way two labels of one place part
-    for _ in range(600):
+    for _ in range(1500):
         apart = middles[:, None] - middles[None]
         overlap = reach - np.abs(apart)
         hit = (overlap > 0).all(2)
@@ -106,9 +103,9 @@ def place_labels(
         if not hit.any():
             break
         sign = np.where(apart == 0, turn, np.sign(apart))
-        upwards = overlap[..., 0] > overlap[..., 1] * 0.6  # along the axis on which less is to be done
+        upwards = overlap[..., 0] / reach[..., 0] > overlap[..., 1] / reach[..., 1]  # where they are apart already
         axis = np.stack([~upwards, upwards], axis=2)
         push = (overlap * sign * axis * hit[..., None]).sum(1)
-        middles = middles + 0.3 * push.clip(-size, size)
+        middles = middles + 0.2 * push.clip(-size, size)
         middles = np.minimum(np.maximum(middles, half), np.maximum(canvas - half, half))
-    return points, middles
+    return middles

@@ -60,7 +60,7 @@ def made_up() -> Report:
         centre = torch.randn(64, generator=generator)
         for word in topic.split():
             words.append(word)
-            vectors.append(centre + 0.6 * torch.randn(64, generator=generator))
+            vectors.append(centre + 1.1 * torch.randn(64, generator=generator))
     labels = ["asyncio", "email", "http", "logging", "os", "socket", "sqlite3", "unittest", "xml", "zipfile"]
     confusion = [[0] * 10 for _ in labels]
     for i in range(10):
@@ -254,11 +254,10 @@ def test_tsne_of_few_or_equal_points(count):
 
 def test_labels_do_not_overlap():
     words = (" ".join(TOPICS.values())).split()
-    points, middles = place_labels(np.random.randn(len(words), 2), words, 720, 560, 10)
-    points, middles = torch.from_numpy(points), torch.from_numpy(middles)
+    middles = place_labels(np.random.randn(len(words), 2), words, 720, 560, 10)
+    middles = torch.from_numpy(middles)
     half = torch.tensor([[text_width(word) * 5, 5.0] for word in words])
     apart = (middles[:, None] - middles[None]).abs()
     overlap = (apart < half[:, None] + half[None]).all(2).fill_diagonal_(False)
     assert overlap.sum() / 2 <= 2
-    assert ((points - middles).norm(dim=1) < 80).all()
     assert ((middles - half >= 0) & (middles + half <= torch.tensor([720, 560]))).all()
