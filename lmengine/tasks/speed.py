@@ -1,8 +1,8 @@
 """How fast each kernel family is beside PyTorch, on this machine and at the main job's sizes.
 
-A `Case` is one piece of work done by us and by PyTorch; `measure` times both. Where PyTorch has no operator for the work
-(co-occurrence counts, GloVe), its side is vectorised code of the kind that a user of PyTorch would write; of several
-ways that were tried it is the fastest.
+A `Case` is one piece of work done by us and by PyTorch; `measure` times both. Where PyTorch has no operator for the
+work (co-occurrence counts, GloVe), its side is vectorised code of the kind that a user of PyTorch would write; of
+several ways that were tried it is the fastest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention against torch's: parameters, results, gradients, exceptions, copies, whole Transformer layers."""
+"""nn.MultiheadAttention against torch's: parameters, results, gradients, exceptions, copies, Transformer layers."""
 
 import copy
 import inspect
@@ -68,7 +68,7 @@ def compare(ours, theirs, inputs, **kwargs):
     pairs = zip(results(ours, inputs, grads, **kwargs), results(theirs, inputs, grads, **kwargs), exact, strict=True)
     for i, (mine, other, right) in enumerate(pairs):
         # Several roundings lie between input and output, and the largest of so few errors is luck: over many draws
-        # ours and PyTorch's have the same mean square. So two units in the last place of the largest number are allowed.
+        # ours and PyTorch's have the same mean square. So two units in the largest number's last place are allowed.
         tiny = 2 * torch.finfo(mine.dtype).eps * max(1.0, right.abs().max().item())
         assert_right(mine, other, right, tiny=5e-7 + tiny, name=f"result {i}")
 
