@@ -242,14 +242,14 @@ size_t shared_bytes(bool numbers) {
          (numbers ? 4 * Engine::kColumns * sizeof(float) : 0) + Engine::kScratch;
 }
 
-template <class Engine>
+template <class KeyEngine, class QueryEngine = KeyEngine>
 void launch_backward(const AttentionParameters& p, cudaStream_t stream) {
   if (p.key_length != 0)
-    cuda::launch(key_value_kernel<Engine>, blocks_for(p, p.key_length, Engine::kRows),
-                 Engine::kThreads, shared_bytes<Engine>(true), stream, p);
+    cuda::launch(key_value_kernel<KeyEngine>, blocks_for(p, p.key_length, KeyEngine::kRows),
+                 KeyEngine::kThreads, shared_bytes<KeyEngine>(true), stream, p);
   if (p.query_length != 0)
-    cuda::launch(query_kernel<Engine>, blocks_for(p, p.query_length, Engine::kRows),
-                 Engine::kThreads, shared_bytes<Engine>(false), stream, p);
+    cuda::launch(query_kernel<QueryEngine>, blocks_for(p, p.query_length, QueryEngine::kRows),
+                 QueryEngine::kThreads, shared_bytes<QueryEngine>(false), stream, p);
 }
 
 template <class T>
@@ -263,8 +263,13 @@ void backward(const AttentionParameters& p, cudaStream_t stream) {
     if (p.head_dim <= 96) return launch_backward<ScalarEngine<96, 32>>(p, stream);
     return launch_backward<ScalarEngine<128, 32>>(p, stream);
   } else {
-    if (p.head_dim <= 32) return launch_backward<MatrixEngine<T, 32, 1, 64, true>>(p, stream);
-    if (p.head_dim <= 64) return launch_backward<MatrixEngine<T, 64, 1, 64, true>>(p, stream);
+    // 32 rows a warp, which halves the reads of shared memory, where the registers suffice
+    if (p.head_dim <= 32)
+      return launch_backward<MatrixEngine<T, 32, 2, 32, true>, MatrixEngine<T, 32, 2, 64, true>>(
+          p, stream);
+    if (p.head_dim <= 64)
+      return launch_backward<MatrixEngine<T, 64, 1, 64, true>, MatrixEngine<T, 64, 2, 32, true>>(
+          p, stream);
     if (p.head_dim <= 96) return launch_backward<MatrixEngine<T, 96, 1, 32, false>>(p, stream);
     return launch_backward<MatrixEngine<T, 128, 1, 32, false>>(p, stream);
   }
