@@ -61,6 +61,25 @@ inline __attribute__((always_inline)) void product(const typename Operand<T>::ty
   }
 }
 
+// The same, in as many parts as there are rows; `before(r)` is called before part r, for prefetches
+// of what a row needs afterwards: all of them at a time would fill the queue of cache misses.
+template <class T, int rows, class Before>
+inline __attribute__((always_inline)) void product_and(const typename Operand<T>::type* states,
+                                                       int64_t stride,
+                                                       const typename Operand<T>::type* panel,
+                                                       int64_t depth, Vec (&acc)[rows][4],
+                                                       Before&& before) {
+  constexpr int step = Operand<T>::depth;
+  const int64_t part = (depth / step / rows + 1) * step;
+  for (int r = 0; r < rows; ++r) {
+    before(r);
+    const int64_t first = r * part, left = depth - first;
+    if (left > 0)
+      product<T, rows>(states + first, stride, panel + first * panel_width,
+                       left < part ? left : part, acc);
+  }
+}
+
 // Calls body.template operator()<rows>(first) over [begin, end) in blocks of nearly equal size.
 template <class Body>
 inline void for_row_blocks(int64_t begin, int64_t end, Body&& body) {

@@ -89,8 +89,15 @@ void forward(const LstmForward& p) {
       const int count = lanes(hidden - unit);
       for_row_blocks(member.row_begin, member.row_end, [&]<int rows>(int64_t first) {
         Vec acc[rows][4] = {};
-        product<T, rows>(states + first * depth, depth, work.weight + panel * panel_size, depth,
-                         acc);
+        product_and<T, rows>(states + first * depth, depth, work.weight + panel * panel_size, depth,
+                             acc, [&](int r) {
+                               const int64_t row = t * batch + first + r;
+                               for (int64_t at = row * 4 * hidden + unit;
+                                    at < (row + 1) * 4 * hidden; at += hidden) {
+                                 __builtin_prefetch(input_gates + at);
+                                 if (p.cells) __builtin_prefetch(gates + at, 1);
+                               }
+                             });
         for (int r = 0; r < rows; ++r) {
           const int64_t row = first + r;
           const int64_t at = (t * batch + row) * hidden + unit;
@@ -169,6 +176,21 @@ void backward(const LstmBackward& p) {
     }
   };
 
+  // for gate_gradients
+  const auto prefetch_kept = [&](int64_t t, int64_t row, int64_t panel) {
+    const int64_t end = hidden < (panel + 1) * panel_width ? hidden : (panel + 1) * panel_width;
+    for (int64_t unit = panel * panel_width; unit < end; unit += Vec::width) {
+      const int64_t at = (t * batch + row) * hidden + unit;
+      for (int q = 0; q < 4; ++q) {
+        const int64_t gates_at = (t * batch + row) * 4 * hidden + q * hidden + unit;
+        __builtin_prefetch(gates + gates_at);
+        __builtin_prefetch(grad_input_gates + gates_at, 1);
+      }
+      if (t > 0) __builtin_prefetch(p.cells + at - batch * hidden);
+      if (grad_outputs) __builtin_prefetch(grad_outputs + at);
+    }
+  };
+
   const auto start = [&](const Member& member) {
     // a panel holds panel_width units; the product runs over all gates of all units
     for (int64_t panel = member.panel_begin; panel < member.panel_end; ++panel) {
@@ -196,8 +218,10 @@ void backward(const LstmBackward& p) {
     for (int64_t panel = member.panel_begin; panel < member.panel_end; ++panel) {
       for_row_blocks(member.row_begin, member.row_end, [&]<int rows>(int64_t first) {
         Vec acc[rows][4] = {};
-        product<T, rows>(work.states[t % 2] + first * depth, depth,
-                         work.weight + panel * panel_size, depth, acc);
+        product_and<T, rows>(work.states[t % 2] + first * depth, depth,
+                             work.weight + panel * panel_size, depth, acc, [&](int r) {
+                               if (t > 0) prefetch_kept(t - 1, first + r, panel);
+                             });
         for (int r = 0; r < rows; ++r) {
           const int64_t row = first + r;
           for (int q = 0; q < 4; ++q) {
