@@ -260,8 +260,8 @@ def torch_glove_epoch(
 ) -> Tensor:
     """GloVe's epoch in PyTorch, by mini-batches of shuffled counts: see `lmengine.ops.embedding.glove_epoch`.
 
-    A batch's gradients are summed for each word and change its vector once. Slower were: torch.optim.Adagrad on the
-    gradients of sparse embeddings, and, at these sizes, steps on the words of the batch alone.
+    A batch's gradients are summed for each word and change its vector once. Slower, at these sizes, were steps on the
+    words of the batch alone.
 
     Args:
         parameters, squared_gradients: (2, vocabulary, dim + 1) float32, changed in place.
