@@ -99,12 +99,13 @@ void matmul(const Matmul& p) {
   });
 
   const bool pack = p.left_strides[1] != 1;
-  const int64_t share = (p.rows + num_threads() - 1) / num_threads();
-  const int64_t block = share < block_rows ? round_up(share, max_rows) : block_rows;
-  parallel_for(0, (p.rows + block - 1) / block, 1, [&](int64_t first, int64_t last) {
+  // every thread has the same number of rows, in whole vectors, in which they are transposed
+  const int64_t share = round_up((p.rows + num_threads() - 1) / num_threads(), Vec::width);
+  parallel_for(0, (p.rows + share - 1) / share, 1, [&](int64_t first, int64_t last) {
     alignas(64) float packed[block_rows * matmul_block_depth];
-    for (int64_t row = first * block; row < last * block && row < p.rows; row += block) {
-      const int64_t rows = p.rows - row < block ? p.rows - row : block;
+    const int64_t end = last * share < p.rows ? last * share : p.rows;
+    for (int64_t row = first * share; row < end; row += block_rows) {
+      const int64_t rows = end - row < block_rows ? end - row : block_rows;
       for (int64_t begin = 0; begin < p.depth; begin += matmul_block_depth) {
         const int64_t depth =
             p.depth - begin < matmul_block_depth ? p.depth - begin : matmul_block_depth;
