@@ -6,6 +6,7 @@
 #include "recurrent/matmul.h"
 #include "support/checks.h"
 #include "support/instruction_set.h"
+#include "support/scratch.h"
 
 LMENGINE_DECLARE_KERNEL(matmul, Matmul)
 
@@ -36,7 +37,7 @@ Tensor matmul(Tensor left, Tensor right, std::optional<Tensor> bias) {
     }
     return output;
   }
-  Tensor workspace = torch::stable::new_empty(left, {matmul_workspace(depth, columns)});
+  const Scratch workspace(matmul_workspace(depth, columns));
   const auto data = [](const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); };
   const Matmul parameters{rows,
                           depth,
@@ -47,7 +48,7 @@ Tensor matmul(Tensor left, Tensor right, std::optional<Tensor> bias) {
                           {right.stride(0), right.stride(1)},
                           bias ? data(*bias) : nullptr,
                           data(output),
-                          data(workspace)};
+                          workspace.data()};
   LMENGINE_DISPATCH(matmul, parameters);
   return output;
 }

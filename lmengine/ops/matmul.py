@@ -56,11 +56,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 def _matmul_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     left, right = ctx.saved_tensors
     needs_left, needs_right, needs_bias = ctx.needs_input_grad
-    return (
-        matmul(grad, right.t()) if needs_left else None,
-        matmul(left.t(), grad) if needs_right else None,
-        grad.sum(0) if needs_bias else None,
-    )
+    grad_right = None
+    if needs_right:  # laid out as right is, so that a weight's gradient need not be copied
+        transposed = right.stride(0) == 1
+        grad_right = matmul(grad.t(), left).t() if transposed else matmul(left.t(), grad)
+    return matmul(grad, right.t()) if needs_left else None, grad_right, grad.sum(0) if needs_bias else None
 
 
 if library() is not None:
