@@ -39,7 +39,21 @@ def library() -> ctypes.CDLL | None:
     torch.ops.load_library(str(LIBRARY))
     loaded = ctypes.CDLL(str(LIBRARY))
     loaded.lmengine_instruction_set.restype = ctypes.c_char_p
+    _keep_freed_memory()
     return loaded
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what comes next, as it does by itself once a tensor of 32 MB was freed.
+
+    Otherwise it hands the memory of every tensor of some megabytes back to the system, and the next one costs a page
+    fault for every 4 KB: a fifth of the time of an LSTM's training step. Variables MALLOC_* of the user's stand.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 256 << 20)
 
 
 @torch.compiler.assume_constant_result

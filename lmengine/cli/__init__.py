@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-
-# PyTorch reads it at its first allocation: large tensors lie in large pages, whose first touch costs far less
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def main(arguments: list[str] | None = None) -> int:
