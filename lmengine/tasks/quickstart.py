@@ -138,7 +138,7 @@ class Settings:
     """Windows a batch."""
     length: int = 64
     """Words a window."""
-    classifier_epochs: int = 8
+    classifier_epochs: int = 5
     """How often the classifier goes over its texts."""
     max_classes: int = 10
     """Classes that the classifier tells apart, the largest ones."""
