@@ -13,7 +13,7 @@ test: build
 	$(BIN)/python -m pytest
 
 test-full: build
-	$(BIN)/python -m pytest --override-ini addopts="-q --strict-markers --benchmark-skip"
+	$(BIN)/python -m pytest --override-ini addopts="-q --strict-markers"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -28,7 +28,7 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu')
 
 bench: build
-	$(BIN)/python -m pytest bench --benchmark-only --override-ini addopts="-q"
+	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.report
 	for readme in README.md README.zh-CN.md; do $(BIN)/python -m bench.report --readme $$readme; done
 
