@@ -32,6 +32,12 @@ QUICK = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The default run folder is relative, and may hold a run where the tests are started."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
