@@ -55,6 +55,7 @@ from lmengine.training import (
 )
 
 PYTHON_PROMPTS = ("return a list of", "the following example", "raise an error if")
+MAX_VALIDATION = 100_000  # tokens: enough for the perplexity's third digit
 UNRECORDED = {"out", "corpus", "prompts", "kernels"}  # settings that may differ when a run goes on, or told elsewise
 FUNCTION_WORDS = set(
     [
@@ -168,7 +169,7 @@ class Corpus:
     is_held_out: list[bool]
     tokenizer: WordTokenizer
     train: Tensor  # (tokens,), the prose that is learned from, texts one after another
-    validation: Tensor  # (tokens,), the prose that is held out
+    validation: Tensor  # (tokens,), the prose that is held out, or the beginning of it
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -213,7 +214,7 @@ def prepare(documents: list[Document], settings: Settings, view: View) -> Corpus
     tokenizer = WordTokenizer(vocabulary.tokens)
     prose = [(d.text, held) for d, held in zip(documents, out, strict=True) if d.prose]
     train = tokenizer.encode_stream(text for text, held in prose if not held)
-    validation = tokenizer.encode_stream(text for text, held in prose if held)
+    validation = tokenizer.encode_stream(text for text, held in prose if held)[:MAX_VALIDATION]
     least = 4 * settings.length
     if len(train) <= least or len(validation) < 2:
         raise ValueError(
