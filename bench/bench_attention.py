@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lmengine
-from bench import gpu
+from bench import cpu, gpu
 from lmengine.ops.attention import attention
 
 CPU_SECONDS = 1.6  # a cell's rounds together
-ROUNDS = (7, 400)  # at least and at most
-L2_BYTES = 64 << 20  # more than any GPU's L2 cache has
 
 
 @dataclass(frozen=True)
@@ -121,28 +118,11 @@ def describe(benchmark: Any, implementation: str, shape: Shape, dtype: torch.dty
 
 
 @functools.cache
-def samples_in_turn(shape: Shape, dtype: torch.dtype, direction: str) -> dict[str, list[float]]:
-    """Seconds of each implementation's calls on the CPU, on the same inputs, one call of each after the other."""
+def cpu_samples(shape: Shape, dtype: torch.dtype, direction: str) -> dict[str, list[float]]:
+    """Seconds of each implementation's calls, on the same inputs."""
     tensors = make_inputs(shape, dtype, "cpu")
     calls = {name: make_call(name, shape, direction, tensors) for name in CPU_IMPLEMENTATIONS}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-
-    def one_round() -> float:
-        begin = time.perf_counter()
-        for name, call in calls.items():
-            with chosen(name):
-                start = time.perf_counter()
-                call()
-                samples[name].append(time.perf_counter() - start)
-        return time.perf_counter() - begin
-
-    one_round()
-    seconds = one_round()
-    for taken in samples.values():
-        taken.clear()
-    for _ in range(min(max(int(CPU_SECONDS / seconds), ROUNDS[0]), ROUNDS[1])):
-        one_round()
-    return samples
+    return cpu.samples_in_turn(calls, chosen, CPU_SECONDS)
 
 
 @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
@@ -151,7 +131,7 @@ def samples_in_turn(shape: Shape, dtype: torch.dtype, direction: str) -> dict[st
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
 def test_cpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, implementation: str) -> None:
     describe(benchmark, implementation, shape, dtype, direction)
-    benchmark.extra_info["samples"] = samples_in_turn(shape, dtype, direction)[implementation]
+    benchmark.extra_info["samples"] = cpu_samples(shape, dtype, direction)[implementation]
     call = make_call(implementation, shape, direction, make_inputs(shape, dtype, "cpu"))
     with chosen(implementation):
         benchmark.pedantic(call, rounds=1)  # pytest-benchmark wants a call of its own; the samples are those above
@@ -164,7 +144,7 @@ def test_cpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, i
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_gpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, implementation: str) -> None:
     describe(benchmark, implementation, shape, dtype, direction)
-    count = max(1, L2_BYTES // (3 * shape.elements * dtype.itemsize))
+    count = max(1, gpu.L2_BYTES // (3 * shape.elements * dtype.itemsize))
     calls = [make_call(implementation, shape, direction, make_inputs(shape, dtype, "cuda")) for _ in range(count)]
     with chosen(implementation):
         if implementation in SDPA_BACKENDS:

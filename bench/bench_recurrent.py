@@ -1,12 +1,12 @@
 """nn.LSTM beside torch.nn.LSTM with the same weights: forward without gradients, and forward with backward.
 
-On the CPU the rounds of a cell are short, so run it on a machine that does nothing else. On a GPU the entries are our
+On a GPU the entries are our
 two backends and PyTorch, which calls cuDNN.
 """
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,30 +16,36 @@ import torch
 
 import lmengine
 import lmengine.nn
-from bench import gpu
+from bench import cpu, gpu
 
-CPU_SECONDS = 0.6  # a cell's rounds together
-ROUNDS = (7, 300)  # at least and at most
-L2_BYTES = 64 << 20  # more than any GPU's L2 cache has
+CPU_SECONDS = 1.2  # a cell's rounds together
 
 
 @dataclass(frozen=True)
 class Shape:
     batch: int
     length: int
-    hidden: int  # the input's size too
+    hidden: int
     layers: int = 1
+    input: int | None = None  # where it is not `hidden`
+
+    @property
+    def input_size(self) -> int:
+        return self.input or self.hidden
 
     def __str__(self) -> str:
         name = f"batch {self.batch} x length {self.length} x hidden {self.hidden}"
+        name += f", input {self.input}" if self.input else ""
         return name + (f", {self.layers} layers" if self.layers > 1 else "")
 
     def flops(self, direction: str) -> int:
-        products = self.layers * 2 * self.length * self.batch * 4 * self.hidden * (self.hidden + self.hidden)
+        widths = self.input_size + (self.layers - 1) * self.hidden + self.layers * self.hidden
+        products = 2 * self.length * self.batch * 4 * self.hidden * widths
         return products if direction == "forward" else 3 * products
 
 
 CPU_SHAPES = [
+    Shape(32, 64, 256, input=128),  # the main job's
     Shape(32, 35, 128),
     Shape(32, 35, 256),
     Shape(32, 64, 128),
@@ -62,7 +68,7 @@ def name_of(dtype: torch.dtype) -> str:
 def make_layer(implementation: str, shape: Shape, dtype: torch.dtype, device: str) -> torch.nn.Module:
     cls = torch.nn.LSTM if implementation == "torch" else lmengine.nn.LSTM
     torch.manual_seed(0)
-    return cls(shape.hidden, shape.hidden, num_layers=shape.layers, device=device, dtype=dtype)
+    return cls(shape.input_size, shape.hidden, num_layers=shape.layers, device=device, dtype=dtype)
 
 
 def make_calls(
@@ -86,11 +92,10 @@ def make_calls(
 
         return forward_and_backward
 
-    size = (shape.length, shape.batch, shape.hidden)
-    return [
-        call(torch.randn(size, dtype=dtype, device=device), torch.randn(size, dtype=dtype, device=device))
-        for _ in range(count)
-    ]
+    def random(features: int) -> torch.Tensor:
+        return torch.randn(shape.length, shape.batch, features, dtype=dtype, device=device)
+
+    return [call(random(shape.input_size), random(shape.hidden)) for _ in range(count)]
 
 
 def describe(benchmark: Any, implementation: str, shape: Shape, dtype: torch.dtype, direction: str) -> None:
@@ -105,21 +110,28 @@ def describe(benchmark: Any, implementation: str, shape: Shape, dtype: torch.dty
     )
 
 
+def chosen(implementation: str) -> lmengine.use_backend:
+    return lmengine.use_backend(implementation.removeprefix("lmengine ") if implementation != "torch" else "auto")
+
+
+@functools.cache
+def cpu_samples(shape: Shape, dtype: torch.dtype, direction: str) -> dict[str, list[float]]:
+    """Seconds of each implementation's calls, with the same weights."""
+    layers = {name: make_layer(name, shape, dtype, "cpu") for name in CPU_IMPLEMENTATIONS}
+    calls = {name: make_calls(layer, shape, dtype, "cpu", direction, 1)[0] for name, layer in layers.items()}
+    return cpu.samples_in_turn(calls, chosen, CPU_SECONDS)
+
+
 @pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
 def test_cpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, implementation: str) -> None:
     describe(benchmark, implementation, shape, dtype, direction)
-    layer = make_layer(implementation, shape, dtype, "cpu")
-    (call,) = make_calls(layer, shape, dtype, "cpu", direction, 1)
-    with lmengine.use_backend("cpu" if implementation.startswith("lmengine") else "auto"):
-        call()
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        rounds = min(max(int(CPU_SECONDS / seconds), ROUNDS[0]), ROUNDS[1])
-        benchmark.pedantic(call, rounds=rounds, warmup_rounds=2)
+    benchmark.extra_info["samples"] = cpu_samples(shape, dtype, direction)[implementation]
+    (call,) = make_calls(make_layer(implementation, shape, dtype, "cpu"), shape, dtype, "cpu", direction, 1)
+    with chosen(implementation):
+        benchmark.pedantic(call, rounds=1)  # pytest-benchmark wants a call of its own; the samples are those above
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -130,8 +142,7 @@ def test_cpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, i
 def test_gpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, implementation: str) -> None:
     describe(benchmark, implementation, shape, dtype, direction)
     layer = make_layer(implementation, shape, dtype, "cuda")
-    input_bytes = shape.length * shape.batch * shape.hidden * dtype.itemsize
-    calls = make_calls(layer, shape, dtype, "cuda", direction, max(1, L2_BYTES // input_bytes))
-    backend = implementation.removeprefix("lmengine ")
-    with lmengine.use_backend(backend if backend != implementation else "auto"):
+    input_bytes = shape.length * shape.batch * shape.input_size * dtype.itemsize
+    calls = make_calls(layer, shape, dtype, "cuda", direction, max(1, gpu.L2_BYTES // input_bytes))
+    with chosen(implementation):
         gpu.measure(benchmark, calls)

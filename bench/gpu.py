@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+L2_BYTES = 64 << 20  # more than any GPU's L2 cache has: inputs that rotate are larger together
+
 
 def measure(benchmark: Any, calls: Callable[[], Any] | Sequence[Callable[[], Any]], repeats: int = 50) -> None:
     """Time `calls` on the current GPU and leave the samples, in seconds, in `benchmark.extra_info["samples"]`.

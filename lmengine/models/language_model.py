@@ -5,6 +5,7 @@ B: batch, T: length, V: vocabulary_size, E: embedding_dim.
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from lmengine.ops.matmul import linear
 
 
-class LanguageModel(torch.nn.Module):
+class LanguageModel(torch.nn.Module, abc.ABC):
     """The base class: a subclass defines `features` and, to generate faster than from the start, `step`.
 
     Attributes:
@@ -30,9 +31,9 @@ class LanguageModel(torch.nn.Module):
         torch.nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
         self.output_bias = torch.nn.Parameter(torch.zeros(vocabulary_size))
 
+    @abc.abstractmethod
     def features(self, tokens: Tensor) -> Tensor:
         """What stands at each position, from the tokens up to it: (B, T) -> (B, T, E)."""
-        raise NotImplementedError
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores of the next token: (..., E) -> (..., V)."""
