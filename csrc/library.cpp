@@ -6,14 +6,18 @@
 #include "support/instruction_set.h"
 
 STABLE_TORCH_LIBRARY(lmengine, m) {
+#define LMENGINE_ATTENTION_OPTIONS                                                                 \
+  " Tensor? mask, Tensor? alibi_slopes, Tensor? prefix_lengths, Tensor? key_lengths,"              \
+  " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, int max_seqlen_q, int max_seqlen_k," \
+  " int window_left, int window_right, bool bottom_right, float scale, float softcap,"             \
+  " float dropout_p, bool deterministic"
+  m.def("attention_forward(Tensor query, Tensor key, Tensor value,"  //
+        LMENGINE_ATTENTION_OPTIONS ") -> (Tensor output, Tensor logsumexp)");
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale)"
-      " -> (Tensor output, Tensor logsumexp)");
-  m.def(
-      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor "
-      "output,"
-      " Tensor logsumexp, bool is_causal, float scale)"
-      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "attention_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key,"
+      " Tensor value, Tensor output, Tensor logsumexp," LMENGINE_ATTENTION_OPTIONS
+      ", bool needs_grad_mask)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
   m.def(
       "lstm_forward(Tensor input_gates, Tensor weight_hh, Tensor hidden, Tensor cell, bool keep)"
       " -> (Tensor outputs, Tensor final_hidden, Tensor final_cell, Tensor cells, Tensor gates)");

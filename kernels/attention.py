@@ -6,6 +6,8 @@ B: batch, N: heads, Q: query length, K: key length, D: head_dim. A program has B
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -231,8 +233,12 @@ def heads_strides(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Output (B, N, Q, D), laid out as (B, Q, N, D), and logsumexp (B, N, Q) in float32."""
+def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output (B, N, Q, D), laid out as (B, Q, N, D), and logsumexp (B, N, Q) in float32.
+
+    `options` are those of lmengine/ops/attention.py's OPTIONS.
+    """
+    is_causal, scale = options["window_right"] == 0, options["scale"]
     query, key, value = map(with_contiguous_rows, (query, key, value))
     batch, heads, length, head_dim = query.shape
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
@@ -249,10 +255,12 @@ def forward(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
 
 
 def backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor,
-    is_causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value, each laid out as (B, length, N, D)."""
+    grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+    logsumexp: Tensor, options: dict[str, Any], needs_grad_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value, each laid out as (B, length, N, D), and of the mask in float32."""
+    is_causal, scale = options["window_right"] == 0, options["scale"]
+    grad_mask = logsumexp.new_empty(0)
     query, key, value, output, grad_output = map(with_contiguous_rows, (query, key, value, output, grad_output))
     batch, heads, length, head_dim = query.shape
     keys = key.shape[2]
@@ -260,15 +268,17 @@ def backward(
     grad_key = query.new_empty(batch, keys, heads, head_dim).transpose(1, 2)
     grad_value = query.new_empty(batch, keys, heads, head_dim).transpose(1, 2)
     if batch * heads * head_dim == 0:
-        return grad_query, grad_key, grad_value
+        return grad_query, grad_key, grad_value, grad_mask
     if length == 0 or keys == 0:
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_mask
     delta = torch.empty_like(logsumexp)
     block_d = max(32, triton.next_power_of_2(head_dim))
     delta_kernel[(triton.cdiv(length, 64) * batch * heads,)](
         grad_output, output, delta, *heads_strides(grad_output), *heads_strides(output), heads, length, head_dim,
         BLOCK_M=64, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
+    if grad_logsumexp is not None:
+        delta -= grad_logsumexp
     strides = (*heads_strides(query), *heads_strides(key), *heads_strides(value), *heads_strides(grad_output))
     sizes = (heads, length, keys, head_dim, scale, int(is_causal))
     chosen = blocks("grad_key_value", head_dim, query.dtype)
@@ -279,7 +289,7 @@ def backward(
     grad_query_kernel[(triton.cdiv(length, chosen["BLOCK_M"]) * batch * heads,)](
         query, key, value, grad_output, logsumexp, delta, grad_query, *strides, *sizes, **chosen
     )
-    return grad_query, grad_key, grad_value
+    return grad_query, grad_key, grad_value, grad_mask
 
 
 # ---- for inspection without a GPU --------------------------------------------------------------------------------

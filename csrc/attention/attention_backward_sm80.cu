@@ -37,7 +37,10 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(AttentionParameter
   }
 #pragma unroll
   for (int step = 8; step; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-  if (threadIdx.x % 16 == 0 && row < p.query_length) p.delta[at.index * p.query_length + row] = sum;
+  if (threadIdx.x % 16 == 0 && row < p.query_length) {
+    const int64_t index = at.index * p.query_length + row;
+    p.delta[index] = p.grad_logsumexp == nullptr ? sum : sum - p.grad_logsumexp[index];
+  }
 }
 
 // ---- keys and values ---------------------------------------------------------------------------

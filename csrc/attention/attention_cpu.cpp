@@ -19,24 +19,46 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, bool is_causal,
-                                   double scale) {
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value,
+                                   std::optional<Tensor> mask, std::optional<Tensor> alibi_slopes,
+                                   std::optional<Tensor> prefix_lengths,
+                                   std::optional<Tensor> key_lengths,
+                                   std::optional<Tensor> cu_query, std::optional<Tensor> cu_key,
+                                   std::optional<Tensor> seed, int64_t max_query, int64_t max_key,
+                                   int64_t window_left, int64_t window_right, bool bottom_right,
+                                   double scale, double softcap, double dropout_p,
+                                   bool deterministic) {
+  const AttentionOptions options{mask,     alibi_slopes, prefix_lengths, key_lengths,
+                                 cu_query, cu_key,       seed,           max_query,
+                                 max_key,  window_left,  window_right,   bottom_right,
+                                 scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](const AttentionParameters& p, const Tensor&) {
     check_type(p);
+    check_plain(p);
     LMENGINE_DISPATCH(attention_forward, p);
   };
-  return attention_forward_with(with_contiguous_rows, launch, query, key, value, is_causal, scale);
+  return attention_forward_with(with_contiguous_rows, launch, query, key, value, options);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor query, Tensor key,
-                                            Tensor value, Tensor output, Tensor logsumexp,
-                                            bool is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad_output, std::optional<Tensor> grad_logsumexp, Tensor query, Tensor key,
+    Tensor value, Tensor output, Tensor logsumexp, std::optional<Tensor> mask,
+    std::optional<Tensor> alibi_slopes, std::optional<Tensor> prefix_lengths,
+    std::optional<Tensor> key_lengths, std::optional<Tensor> cu_query, std::optional<Tensor> cu_key,
+    std::optional<Tensor> seed, int64_t max_query, int64_t max_key, int64_t window_left,
+    int64_t window_right, bool bottom_right, double scale, double softcap, double dropout_p,
+    bool deterministic, bool needs_grad_mask) {
+  const AttentionOptions options{mask,     alibi_slopes, prefix_lengths, key_lengths,
+                                 cu_query, cu_key,       seed,           max_query,
+                                 max_key,  window_left,  window_right,   bottom_right,
+                                 scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](const AttentionParameters& p, const Tensor&) {
     check_type(p);
+    check_plain(p);
     LMENGINE_DISPATCH(attention_backward, p);
   };
-  return attention_backward_with(with_contiguous_rows, launch, grad_output, query, key, value,
-                                 output, logsumexp, is_causal, scale);
+  return attention_backward_with(with_contiguous_rows, launch, grad_output, grad_logsumexp, query,
+                                 key, value, output, logsumexp, options, needs_grad_mask);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ Tensor with_aligned_rows(const Tensor& tensor) {
   for (int64_t d = 0; d < 3; ++d)
     aligned = aligned && (tensor.size(d) == 1 || tensor.stride(d) % step == 0);
   if (aligned) return tensor;
-  Tensor copy = empty_heads(tensor, tensor.size(2));
+  Tensor copy = empty_heads_like(tensor);
   torch::stable::copy_(copy, tensor);
   return copy;
 }
@@ -28,29 +28,51 @@ void check_head_dim(const AttentionParameters& p) {
                      std::to_string(p.head_dim));
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, bool is_causal,
-                                   double scale) {
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value,
+                                   std::optional<Tensor> mask, std::optional<Tensor> alibi_slopes,
+                                   std::optional<Tensor> prefix_lengths,
+                                   std::optional<Tensor> key_lengths,
+                                   std::optional<Tensor> cu_query, std::optional<Tensor> cu_key,
+                                   std::optional<Tensor> seed, int64_t max_query, int64_t max_key,
+                                   int64_t window_left, int64_t window_right, bool bottom_right,
+                                   double scale, double softcap, double dropout_p,
+                                   bool deterministic) {
   const cuda::DeviceGuard guard(query.get_device_index());
+  const AttentionOptions options{mask,     alibi_slopes, prefix_lengths, key_lengths,
+                                 cu_query, cu_key,       seed,           max_query,
+                                 max_key,  window_left,  window_right,   bottom_right,
+                                 scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](const AttentionParameters& p, const Tensor& like) {
     check_head_dim(p);
+    check_plain(p);
     attention_forward_cuda(p, cuda::current_stream(like.get_device_index()));
   };
-  return attention_forward_with(with_aligned_rows, launch, query, key, value, is_causal, scale);
+  return attention_forward_with(with_aligned_rows, launch, query, key, value, options);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_output, Tensor query, Tensor key,
-                                            Tensor value, Tensor output, Tensor logsumexp,
-                                            bool is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad_output, std::optional<Tensor> grad_logsumexp, Tensor query, Tensor key,
+    Tensor value, Tensor output, Tensor logsumexp, std::optional<Tensor> mask,
+    std::optional<Tensor> alibi_slopes, std::optional<Tensor> prefix_lengths,
+    std::optional<Tensor> key_lengths, std::optional<Tensor> cu_query, std::optional<Tensor> cu_key,
+    std::optional<Tensor> seed, int64_t max_query, int64_t max_key, int64_t window_left,
+    int64_t window_right, bool bottom_right, double scale, double softcap, double dropout_p,
+    bool deterministic, bool needs_grad_mask) {
   const cuda::DeviceGuard guard(query.get_device_index());
+  const AttentionOptions options{mask,     alibi_slopes, prefix_lengths, key_lengths,
+                                 cu_query, cu_key,       seed,           max_query,
+                                 max_key,  window_left,  window_right,   bottom_right,
+                                 scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](AttentionParameters& p, const Tensor& like) {
     check_head_dim(p);
+    check_plain(p);
     const Tensor delta =
-        torch::stable::new_empty(like, {p.batch, p.heads, p.query_length}, ScalarType::Float);
+        torch::stable::new_empty(like, {like.size(0), p.heads, p.query_rows}, ScalarType::Float);
     p.delta = static_cast<float*>(delta.data_ptr());
     attention_backward_cuda(p, cuda::current_stream(like.get_device_index()));
   };
-  return attention_backward_with(with_aligned_rows, launch, grad_output, query, key, value, output,
-                                 logsumexp, is_causal, scale);
+  return attention_backward_with(with_aligned_rows, launch, grad_output, grad_logsumexp, query, key,
+                                 value, output, logsumexp, options, needs_grad_mask);
 }
 
 }  // namespace

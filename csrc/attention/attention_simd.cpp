@@ -223,6 +223,8 @@ void pack_head(const AttentionParameters& p, int64_t batch, int64_t head, int pa
       sum = fma(o, Vec::load(h.grad_output + i * padded + d), sum);
     }
     h.delta[i] = sum.sum();
+    if (p.grad_logsumexp != nullptr)
+      h.delta[i] -= p.grad_logsumexp[(batch * p.heads + head) * p.query_length + i];
   }
   for (int64_t i = 0; i < p.query_length * padded; ++i) h.grad_query[i] = 0;
 }

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import lmengine
 from lmengine.backends import UnsupportedCall, unusable
 from lmengine.nn.functional import scaled_dot_product_attention
-from lmengine.ops.attention import attention, reference
+from lmengine.ops.attention import attention, lowered
+from lmengine.ops.attention_reference import reference
 from tests.numerics import assert_right
 
 GPU = torch.cuda.is_available()
@@ -84,7 +85,7 @@ def check_right(tensors, is_causal, scale=None, tiny=2e-6):
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale), tensors, grad
     )
     wide = [t.detach().double().requires_grad_() for t in tensors]
-    right = results(lambda q, k, v: reference(q, k, v, is_causal, scale), wide, grad)
+    right = results(lambda q, k, v: reference(q, k, v, is_causal, scale)[0], wide, grad)
     for name, mine, other, ref in zip(
         ("output", "grad query", "grad key", "grad value"), ours, theirs, right, strict=True
     ):
@@ -123,12 +124,16 @@ def test_a_weight_computed_again_is_at_most_one(backend, dtype):
     query, key, value = inputs((1, 2, 40, 40, 32), dtype, device=device, grad=False)
     grad, backward = torch.randn_like(query), operators(backend)[1]
     logsumexp = torch.full((1, 2, 40), -1e6, device=device)
-    grads = backward(grad, query, key, value, torch.zeros_like(query), logsumexp, False, 1.0)
+    grads = backward(
+        grad, None, query, key, value, torch.zeros_like(query), logsumexp, *lowered(query, key, False, 1.0), False
+    )
     assert all(g.isfinite().all() for g in grads)
     expected = grad.double().sum(2, keepdim=True).expand(value.shape)
     torch.testing.assert_close(grads[2].double(), expected, rtol=1e-2, atol=1e-5 if dtype == torch.float32 else 1e-2)
     key[0, 1, 7, 3] = torch.nan
-    grad_value = backward(grad, query, key, value, torch.zeros_like(query), logsumexp, False, 1.0)[2]
+    grad_value = backward(
+        grad, None, query, key, value, torch.zeros_like(query), logsumexp, *lowered(query, key, False, 1.0), False
+    )[2]
     assert grad_value[0, 1, 7].isnan().all()
     assert grad_value[0, 0].isfinite().all()
 
@@ -210,10 +215,11 @@ def test_opcheck(backend, dtype):
     query, key, value = inputs((2, 2, 9, 7, 16), dtype, device=device_of(backend))
     forward, backward = operators(backend)
     for is_causal in (False, True):
-        torch.library.opcheck(forward, (query, key, value, is_causal, 0.25))
-        output, logsumexp = (result.detach() for result in forward(query, key, value, is_causal, 0.25))
-        tensors = (torch.randn_like(output), query.detach(), key.detach(), value.detach(), output, logsumexp)
-        torch.library.opcheck(backward, (*tensors, is_causal, 0.25))
+        options = lowered(query, key, is_causal, 0.25)
+        torch.library.opcheck(forward, (query, key, value, *options))
+        output, logsumexp = (result.detach() for result in forward(query, key, value, *options))
+        tensors = (torch.randn_like(output), None, query.detach(), key.detach(), value.detach(), output, logsumexp)
+        torch.library.opcheck(backward, (*tensors, *options, False))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
