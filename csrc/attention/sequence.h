@@ -93,8 +93,8 @@ LMENGINE_HOST_DEVICE Visibility visibility(const Sequence& s, int64_t query, int
   const KeyRange band = band_of(s, query, queries);
   if (key >= s.key_length) return Visibility::none;
   if (key >= s.prefix && (key >= band.end || last_key < band.begin)) return Visibility::none;
-  const bool inside = last_key - query - s.offset <= s.right &&
-                      key - last_query - s.offset >= -s.left;
+  const bool inside =
+      last_key - query - s.offset <= s.right && key - last_query - s.offset >= -s.left;
   return last_key < s.key_length && (last_key < s.prefix || inside) ? Visibility::all
                                                                     : Visibility::some;
 }

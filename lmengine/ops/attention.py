@@ -5,18 +5,47 @@ B: batch, N: heads, M: heads of keys and values, Q: query length, K: key length,
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmengine import backends
 from lmengine.backends import Operator
 from lmengine.ops.attention_reference import reference
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `attention` but for return_logsumexp."""
+
+    mask: Tensor | None
+    window_size: tuple[int, int]
+    bottom_right: bool
+    prefix_lengths: Tensor | None
+    key_lengths: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    alibi_slopes: Tensor | None
+    softcap: float
+    dropout_p: float
+    seed: Tensor | None
+    deterministic: bool
 
 
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = ..., scale: float | None = ..., *,
+    return_logsumexp: Literal[False] = ..., **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = ..., scale: float | None = ..., *,
+    return_logsumexp: Literal[True], **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query: Tensor,
     key: Tensor,
@@ -235,8 +264,12 @@ def lowered(query: Tensor, key: Tensor, is_causal: bool, scale: float, **options
     )  # fmt: skip
 
 
-def unsupported(dtypes: tuple[torch.dtype, ...], features: frozenset[str]):
-    """A backend's check: its dtypes, its range of head_dim, and those options of `attention` that it has.
+# options that come with another, or that every backend has
+NO_FEATURES = {"deterministic", "seed", "max_seqlen_q", "max_seqlen_k"}
+
+
+def unsupported(dtypes: tuple[torch.dtype, ...], max_head_dim: float, features: frozenset[str]):
+    """A backend's check: its dtypes, its largest head_dim, and those options of `attention` that it has.
 
     The features "kv_heads" and "value_dim" are fewer heads of keys than of queries, and values of another head_dim.
     """
@@ -244,19 +277,33 @@ def unsupported(dtypes: tuple[torch.dtype, ...], features: frozenset[str]):
     def reason(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale=None, **options: Any):
         if query.dtype not in dtypes:
             return f"query: expected {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {query.dtype}"
-        head_dim = query.shape[-1]
-        if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
-            return f"query: expected a head_dim from 16 to 128 that 8 divides, got {head_dim}"
+        for name, head_dim in (("query", query.shape[3]), ("value", value.shape[3])):
+            if not 1 <= head_dim <= max_head_dim:
+                return f"{name}: expected a head_dim from 1 to {max_head_dim}, got {head_dim}"
         if key.shape[1] != query.shape[1] and "kv_heads" not in features:
             return f"key: expected {query.shape[1]} heads, got {key.shape[1]}"
-        if value.shape[3] != head_dim and "value_dim" not in features:
-            return f"value: expected a head_dim of {head_dim}, got {value.shape[3]}"
+        if value.shape[3] != query.shape[3] and "value_dim" not in features:
+            return f"value: expected a head_dim of {query.shape[3]}, got {value.shape[3]}"
         for name in options:
-            if name not in features and name != "deterministic":
+            if name not in features and name not in NO_FEATURES:
                 return f"{name}: not in these kernels"
         return None
 
     return reason
+
+
+def with_padded_heads(run):
+    """A GPU's kernels, which take head_dims from 16 up that 8 divides, for any: zeros behind change no product."""
+
+    def padded(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any):
+        head_dim, value_dim = query.shape[3], value.shape[3]
+        if head_dim % 8 == 0 and value_dim % 8 == 0 and head_dim >= 16 and value_dim >= 16:
+            return run(query, key, value, *args, **options)
+        query, key, value = (F.pad(t, (0, max(16, -(-t.shape[3] // 8) * 8) - t.shape[3])) for t in (query, key, value))
+        output, logsumexp = run(query, key, value, *args, **options)
+        return output[..., :value_dim], logsumexp
+
+    return padded
 
 
 # ---- CPU and CUDA ----------------------------------------------------------------------------------------------
@@ -310,6 +357,44 @@ def differentiate(backward):
     return formula
 
 
+def setup_second_context(ctx, inputs, output):
+    ctx.numbers = inputs[14 : len(inputs) - 1]
+    ctx.needs_grad_mask = inputs[-1]
+    ctx.save_for_backward(*inputs[:5], *inputs[7:14])
+    ctx.set_materialize_grads(False)
+
+
+def differentiate_again(ctx, *grads):
+    """The gradient of the backward, by the reference: it is that of a function of grad_output, query, key and value."""
+    grad_output, grad_logsumexp, query, key, value, mask, *tensors = ctx.saved_tensors
+    options = dict(zip(OPTIONS, (mask, *tensors, *ctx.numbers), strict=True))
+    options["window_size"] = (options.pop("window_left"), options.pop("window_right"))
+
+    def followed(tensor):
+        # a view, whose gradient does not count what reaches the tensor through another of the inputs
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+    with torch.enable_grad():
+        grad_output, query, key, value = map(followed, (grad_output, query, key, value))
+        inputs, weights = [query, key, value], [grad_output]
+        if ctx.needs_grad_mask:
+            mask = followed(mask)
+            inputs.append(mask)
+        if grad_logsumexp is not None:
+            weights.append(followed(grad_logsumexp))
+        outputs = reference(query, key, value, False, **(options | {"mask": mask}))[: len(weights)]
+        first = torch.autograd.grad(outputs, inputs, weights, create_graph=True)
+        given = [(f, g.to(f.dtype)) for f, g in zip(first, grads, strict=False) if g is not None]
+        second = torch.autograd.grad(
+            [f for f, _ in given], [*weights, *inputs], [g for _, g in given], create_graph=True, allow_unused=True
+        )
+    for_query, for_key, for_value, *for_mask = second[len(weights) :]
+    return (
+        second[0], second[1] if len(weights) > 1 else None, for_query, for_key, for_value, None, None,
+        for_mask[0] if for_mask else None, *(None,) * len(OPTIONS),
+    )  # fmt: skip
+
+
 if backends.library() is not None:
     torch.library.register_fake("lmengine::attention_forward", fake_forward)
     torch.library.register_fake("lmengine::attention_backward", fake_backward)
@@ -317,6 +402,9 @@ if backends.library() is not None:
         "lmengine::attention_forward",
         differentiate(lambda *args: torch.ops.lmengine.attention_backward(*args)),
         setup_context=setup_context,
+    )
+    torch.library.register_autograd(
+        "lmengine::attention_backward", differentiate_again, setup_context=setup_second_context
     )
 
 # ---- Triton ----------------------------------------------------------------------------------------------------
@@ -337,10 +425,9 @@ def triton_forward_kernels(query, key, value, *options):
 def triton_backward_kernels(grad_output, grad_logsumexp, query, key, value, output, logsumexp, *options):
     from lmengine.kernels import attention as kernels
 
-    *options, needs_grad_mask = options
     return kernels.backward(
-        grad_output, grad_logsumexp, query, key, value, output, logsumexp, dict(zip(OPTIONS, options, strict=True)),
-        needs_grad_mask,
+        grad_output, grad_logsumexp, query, key, value, output, logsumexp,
+        dict(zip(OPTIONS, options, strict=False)), needs_grad_mask=options[-1],
     )  # fmt: skip
 
 
@@ -359,6 +446,7 @@ triton_backward = torch.library.custom_op(
 )
 triton_forward.register_fake(fake_forward)
 triton_backward.register_fake(fake_backward)
+triton_backward.register_autograd(differentiate_again, setup_context=setup_second_context)
 triton_forward.register_autograd(differentiate(triton_backward), setup_context=setup_context)
 
 
@@ -368,10 +456,14 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool,
 
 # ---- what each backend has; the README's table is made from it --------------------------------------------------
 
-FEATURES: dict[str, frozenset[str]] = {"cuda": frozenset(), "triton": frozenset(), "cpu": frozenset()}
+FEATURES: dict[str, frozenset[str]] = {
+    "cuda": frozenset(),
+    "triton": frozenset(),
+    "cpu": frozenset(),
+}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
-operator.register("cuda", compiled, unsupported(FLOATING, FEATURES["cuda"]))
-operator.register("triton", triton_attention, unsupported(FLOATING, FEATURES["triton"]))
-operator.register("cpu", compiled, unsupported(FLOATING[:2], FEATURES["cpu"]))
+operator.register("cuda", with_padded_heads(compiled), unsupported(FLOATING, 128, FEATURES["cuda"]))
+operator.register("triton", with_padded_heads(triton_attention), unsupported(FLOATING, 128, FEATURES["triton"]))
+operator.register("cpu", compiled, unsupported(FLOATING[:2], math.inf, FEATURES["cpu"]))
 operator.register("reference", reference, lambda *args, **kwargs: None)

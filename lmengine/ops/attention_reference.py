@@ -39,11 +39,12 @@ def reference(
         for b in range(len(starts_q) - 1):
             q = query[:, :, starts_q[b] : starts_q[b + 1]]
             k, v = (tensor[:, :, starts_k[b] : starts_k[b + 1]] for tensor in (key, value))
-            each = [t if t is None else t[b : b + 1] for t in (prefix_lengths, key_lengths)]
+            prefix, lengths = (t if t is None else t[b : b + 1] for t in (prefix_lengths, key_lengths))
             slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b : b + 1]
             output, logsumexp = one_length(
-                q, k, v, is_causal, scale, None, window_size, bottom_right, *each, slopes, softcap, dropout_p, seed, b
-            )
+                q, k, v, is_causal, scale, None, window_size, bottom_right, prefix, lengths, slopes, softcap,
+                dropout_p, seed, b,
+            )  # fmt: skip
             outputs.append(output)
             sums.append(logsumexp)
         return torch.cat(outputs, 2), torch.cat(sums, 2)

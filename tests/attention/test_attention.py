@@ -262,13 +262,13 @@ def test_wrong_arguments_are_named():
         attention(query, "key", query)
 
 
-def test_a_head_dim_that_no_kernel_has_is_refused_by_name_and_done_by_the_reference():
-    query = torch.randn(1, 1, 4, 12)
-    with lmengine.use_backend("cpu"), pytest.raises(UnsupportedCall, match="head_dim"):
+def test_a_dtype_that_no_kernel_has_is_refused_by_name_and_done_by_the_reference():
+    query = torch.randn(1, 1, 4, 16, dtype=torch.float64)
+    with lmengine.use_backend("cpu"), pytest.raises(UnsupportedCall, match=r"query: expected .*, got torch.float64"):
         attention(query, query, query)
     found = lmengine.explain("attention", query, query, query)
     assert found.backend == "reference"
-    assert "head_dim" in found.reasons["cpu"]
+    assert "float64" in found.reasons["cpu"]
 
 
 @pytest.mark.skipif(unusable("cpu") is not None, reason=str(unusable("cpu")))
