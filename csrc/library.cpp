@@ -18,6 +18,15 @@ STABLE_TORCH_LIBRARY(lmengine, m) {
       " Tensor value, Tensor output, Tensor logsumexp," LMENGINE_ATTENTION_OPTIONS
       ", bool needs_grad_mask)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
+  // What most calls want, with few arguments and without an autograd formula, for eager calls:
+  // crossing the boundary costs as much as a small kernel.
+  m.def(
+      "attention_plain_forward(Tensor query, Tensor key, Tensor value, bool is_causal, float scale)"
+      " -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "attention_plain_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,"
+      " Tensor output, Tensor logsumexp, bool is_causal, float scale, bool deterministic)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def(
       "lstm_forward(Tensor input_gates, Tensor weight_hh, Tensor hidden, Tensor cell, bool keep)"
       " -> (Tensor outputs, Tensor final_hidden, Tensor final_cell, Tensor cells, Tensor gates)");

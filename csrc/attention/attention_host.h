@@ -22,11 +22,25 @@ inline AttentionTensor attention_tensor(const Tensor& tensor, bool packed = fals
   return {tensor.data_ptr(), packed ? 0 : tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+// A new tensor of another's dtype, or of float32, on its device.
+inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
+                            std::initializer_list<int64_t> strides, bool as_float32 = false) {
+  int32_t dtype = aoti_torch_dtype_float32(), device_type = 0, device_index = 0;
+  if (!as_float32) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.begin(), dtype, device_type, device_index,
+                                                  &made));
+  return Tensor(made);
+}
+
 // (batch, heads, length, dim) laid out as (batch, length, heads, dim), so that merging the heads
 // again copies nothing.
 inline Tensor empty_heads(const Tensor& like, int64_t heads, int64_t length, int64_t dim) {
-  return torch::stable::transpose(
-      torch::stable::new_empty(like, {like.size(0), length, heads, dim}), 1, 2);
+  return empty_strided(like, {like.size(0), heads, length, dim},
+                       {length * heads * dim, dim, heads * dim, 1});
 }
 
 inline Tensor empty_heads_like(const Tensor& tensor) {
@@ -187,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_with(
     for (int64_t d = 0; d < 3; ++d) check_size(tensor, d, query.size(d), name);
     check_dtype(tensor, ScalarType::Float, name);
     check_device(tensor, query, name);
-    return torch::stable::contiguous(tensor);
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   };
   logsumexp = single(logsumexp, "logsumexp");
   if (grad_logsumexp.has_value()) {
@@ -197,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_with(
   output = prepared(output), grad_output = prepared(grad_output);
   const Tensor grad_query = empty_heads_like(query), grad_key = empty_heads_like(key),
                grad_value = empty_heads_like(value);
-  Tensor grad_mask = torch::stable::new_empty(query, {0}, ScalarType::Float);
+  Tensor grad_mask = needs_grad_mask ? Tensor() : empty_strided(query, {0}, {1}, true);
   if (needs_grad_mask) {
     LMENGINE_CHECK(p.mask.type == MaskType::float32 || p.mask.type == MaskType::same,
                    "mask: expected a floating mask where its gradient is needed");

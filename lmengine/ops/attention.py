@@ -5,6 +5,7 @@ B: batch, N: heads, M: heads of keys and values, Q: query length, K: key length,
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -109,6 +110,14 @@ def attention(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not go together; the message names the argument.
     """
+    if (
+        mask is prefix_lengths is key_lengths is cu_seqlens_q is cu_seqlens_k is alibi_slopes is None
+        and not (softcap or dropout_p or bottom_right or deterministic)
+        and window_size == (-1, -1)
+    ):
+        found = eager(query, key, value, is_causal, scale)
+        if found is not None:
+            return found if return_logsumexp else found[0]
     options: dict[str, Any] = {}
     if mask is not None:
         options["mask"] = mask
@@ -330,6 +339,10 @@ def fake_backward(grad_output, grad_logsumexp, query, key, value, output, logsum
     return *grads, query.new_empty(mask.shape if needs_grad_mask else (0,), dtype=torch.float32)
 
 
+def fake_plain_backward(grad_output, query, key, value, *numbers):
+    return tuple(heads_like(tensor, *tensor.shape[1:]) for tensor in (query, key, value))
+
+
 def setup_context(ctx, inputs, output):
     ctx.options = [option if not isinstance(option, Tensor) else None for option in inputs[3:]]
     ctx.save_for_backward(*inputs[:3], *output, *(o for o in inputs[3:10]))
@@ -396,6 +409,10 @@ def differentiate_again(ctx, *grads):
 
 
 if backends.library() is not None:
+    plain_forward = torch.ops.lmengine.attention_plain_forward.default
+    plain_backward = torch.ops.lmengine.attention_plain_backward.default
+    torch.library.register_fake("lmengine::attention_plain_forward", fake_forward)
+    torch.library.register_fake("lmengine::attention_plain_backward", fake_plain_backward)
     torch.library.register_fake("lmengine::attention_forward", fake_forward)
     torch.library.register_fake("lmengine::attention_backward", fake_backward)
     torch.library.register_autograd(
@@ -406,6 +423,61 @@ if backends.library() is not None:
     torch.library.register_autograd(
         "lmengine::attention_backward", differentiate_again, setup_context=setup_second_context
     )
+
+# ---- the short way of an eager call ------------------------------------------------------------------------------
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None):
+    """Output and logsumexp of a plain call by the default backend, or None where the long way has to decide.
+
+    Going through a Python-registered autograd formula and all checks takes ten times as long as a small kernel. The
+    checks of the C++ operator come here first; where it refuses, the long way finds out what it was.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    try:
+        if not runs_compiled(query.device.type, backends._forced):
+            return None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return EagerAttention.apply(query, key, value, is_causal, scale)
+        return plain_forward(query, key, value, is_causal, scale)
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+
+
+@functools.cache
+def runs_compiled(device_type: str, forced: str | None) -> bool:
+    """Whether the compiled operator is the backend of a device."""
+    return device_type in ("cpu", "cuda") and forced in (None, device_type) and not backends.unusable(device_type)
+
+
+class EagerAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, is_causal, scale):
+        output, logsumexp = plain_forward(query, key, value, is_causal, scale)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.set_materialize_grads(False)
+        return output, logsumexp
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_logsumexp):
+        if grad_logsumexp is None and grad_output is not None and not torch.is_grad_enabled():
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            grads = plain_backward(grad_output, *ctx.saved_tensors, ctx.is_causal, ctx.scale, deterministic)
+            return *grads, None, None
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        if grad_output is None:
+            if grad_logsumexp is None:
+                return None, None, None, None, None
+            grad_output = torch.zeros_like(output)
+        options = lowered(query, key, ctx.is_causal, ctx.scale)
+        grads = torch.ops.lmengine.attention_backward(
+            grad_output, grad_logsumexp, query, key, value, output, logsumexp, *options, False
+        )
+        return *grads[:3], None, None
+
 
 # ---- Triton ----------------------------------------------------------------------------------------------------
 
