@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lmengine
 from bench import cpu, gpu
+from lmengine.nn.functional import scaled_dot_product_attention
 from lmengine.ops.attention import attention
 
 CPU_SECONDS = 1.6  # a cell's rounds together
@@ -46,12 +50,17 @@ class Shape:
         return forward if direction == "forward" else forward * 7 // 2
 
 
-# the main job's decoder, and larger ones
+# the main job's decoder, and a grid of larger ones
 CPU_SHAPES = [Shape(32, 4, length, 32, True) for length in (64, 96, 128)] + [
-    Shape(*sizes, is_causal)
-    for sizes in ((16, 4, 128, 32), (8, 8, 256, 64), (4, 8, 512, 64))
+    Shape(batch, 8, length, head_dim, is_causal)
+    for batch, length in ((4, 128), (2, 512), (1, 2048), (1, 4096))
+    for head_dim in (64, 128)
     for is_causal in (False, True)
 ]
+# so small that crossing from Python into the kernel is what takes the time
+SMALL = Shape(1, 2, 8, 16, False)
+# of one head, whose matrix of scores would take 64 MB to 4 GB in float32
+MEMORY_SHAPES = [Shape(1, 1, length, 64, True) for length in (4096, 8192, 16384, 32768)]
 # 16 k tokens of 2048 features
 GPU_SHAPES = [
     Shape(16384 // length, 2048 // head_dim, length, head_dim, is_causal)
@@ -105,10 +114,12 @@ def make_call(implementation: str, shape: Shape, direction: str, tensors: list[t
     return lambda: torch.autograd.grad(output(*leaves), leaves, grad_output)
 
 
-def describe(benchmark: Any, implementation: str, shape: Shape, dtype: torch.dtype, direction: str) -> None:
-    benchmark.group = f"attention {shape} {name_of(dtype)} {direction}"
+def describe(
+    benchmark: Any, implementation: str, shape: Shape, dtype: torch.dtype, direction: str, family: str = "attention"
+) -> None:
+    benchmark.group = f"{family} {shape} {name_of(dtype)} {direction}"
     benchmark.extra_info.update(
-        family="attention",
+        family=family,
         implementation=implementation,
         shape=str(shape),
         dtype=name_of(dtype),
@@ -135,6 +146,72 @@ def test_cpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, i
     call = make_call(implementation, shape, direction, make_inputs(shape, dtype, "cpu"))
     with chosen(implementation):
         benchmark.pedantic(call, rounds=1)  # pytest-benchmark wants a call of its own; the samples are those above
+
+
+@functools.cache
+def overhead_samples(direction: str) -> dict[str, list[float]]:
+    """Seconds of a call on the smallest tensors; a sample is the mean of ten calls in a row."""
+    query, key, value, grad_output = make_inputs(SMALL, torch.float32, "cpu")
+    if direction == "forward+backward":
+        for tensor in (query, key, value):
+            tensor.requires_grad_()
+
+    def ten_calls(function: Callable[..., Any]) -> Callable[[], Any]:
+        def run() -> None:
+            for _ in range(10):
+                output = function(query, key, value)
+                if direction == "forward+backward":
+                    torch.autograd.grad(output, (query, key, value), grad_output)
+
+        return run
+
+    calls = {
+        "lmengine default": ten_calls(scaled_dot_product_attention),
+        "torch": ten_calls(F.scaled_dot_product_attention),
+    }
+    samples = cpu.samples_in_turn(calls, lambda name: contextlib.nullcontext(), CPU_SECONDS)
+    return {name: [seconds / 10 for seconds in numbers] for name, numbers in samples.items()}
+
+
+@pytest.mark.parametrize("implementation", ["lmengine default", "torch"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_call_overhead(benchmark: Any, direction: str, implementation: str) -> None:
+    describe(benchmark, implementation, SMALL, torch.float32, direction, "attention-overhead")
+    del benchmark.extra_info["flops"]
+    benchmark.extra_info["samples"] = overhead_samples(direction)[implementation]
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+# prints how much more memory than before a forward and backward held at its peak, gradients included
+MEMORY_PROGRAM = """
+import torch
+from bench.bench_attention import MEMORY_SHAPES, chosen, make_call, make_inputs
+torch.manual_seed(0)
+def held(what):
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
+for warm_up in (MEMORY_SHAPES[0].__class__(1, 1, 64, 64, True), MEMORY_SHAPES[{index}]):
+    call = make_call({name!r}, warm_up, "forward+backward", make_inputs(warm_up, torch.float32, "cpu"))
+    before = held("VmRSS")
+    with chosen({name!r}), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+        file.flush()
+        call()
+print(held("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs")
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize("index", range(len(MEMORY_SHAPES)))
+def test_memory(benchmark: Any, index: int, implementation: str) -> None:
+    """In a process of its own, so that nothing lies ready from another call."""
+    describe(benchmark, implementation, MEMORY_SHAPES[index], torch.float32, "forward+backward", "attention-memory")
+    del benchmark.extra_info["flops"]
+    program = MEMORY_PROGRAM.format(index=index, name=implementation)
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
+    benchmark.extra_info.update(samples=[float(done.stdout)], unit="bytes")
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -22,15 +22,17 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """One shape, dtype and direction: the median seconds of each implementation."""
+    """One shape, dtype and direction: the median of each implementation, in seconds or bytes."""
 
     shape: str
     dtype: str
     direction: str
     medians: dict[str, float]
+    unit: str = "seconds"
+    flops: int | None = None
 
     def ratio(self, implementation: str) -> float:
-        """How many times as fast as the quickest PyTorch entry an implementation is."""
+        """How many times as fast (or as small) as the best PyTorch entry an implementation is."""
         return min(v for k, v in self.medians.items() if k.startswith("torch")) / self.medians[implementation]
 
 
@@ -50,10 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not results:
         print(f"There are no results under {RESULTS.parent.name}/{RESULTS.name} yet: `make bench` records them.")
     for device, families in results.items():
+        peaks = peaks_of(families.get("machine", []))
         for family, rows in families.items():
-            print(f"\n{family} on {device}: median milliseconds (times as fast as PyTorch)\n")
-            print(table(rows))
-            plot(RESULTS / device / f"{family}.svg", f"{family}, {device}", rows)
+            what = "megabytes (how many times less than PyTorch)"
+            if rows[0].unit == "seconds":
+                what = "median milliseconds (times as fast as PyTorch, share of the machine's peak)"
+            print(f"\n{family} on {device}: {what}\n")
+            print(table(rows, peaks))
+            if rows[0].unit == "seconds":
+                plot(RESULTS / device / f"{family}.svg", f"{family}, {device}", rows)
     return 0
 
 
@@ -66,12 +73,22 @@ def read(device: str) -> dict[str, list[Row]]:
     """A device's results: family -> rows, in the order in which they were measured."""
     families = {}
     for path in sorted((RESULTS / device).glob("*.json")):
-        rows: dict[tuple[str, str, str], dict[str, float]] = {}
+        rows: dict[tuple[str, str, str], Row] = {}
         for entry in json.loads(path.read_text())["entries"]:
             key = (entry["shape"], entry["dtype"], entry["direction"])
-            rows.setdefault(key, {})[entry["implementation"]] = statistics.median(entry["samples"])
-        families[path.stem] = [Row(*key, medians) for key, medians in rows.items()]
+            row = rows.setdefault(key, Row(*key, {}, entry.get("unit", "seconds"), entry.get("flops")))
+            row.medians[entry["implementation"]] = statistics.median(entry["samples"])
+        families[path.stem] = list(rows.values())
     return families
+
+
+def peaks_of(rows: list[Row]) -> dict[str, float]:
+    """The most floating-point operations a second that the machine was seen to do, by dtype."""
+    peaks: dict[str, float] = {}
+    for row in rows:
+        if row.flops:
+            peaks[row.dtype] = max(peaks.get(row.dtype, 0.0), row.flops / min(row.medians.values()))
+    return peaks
 
 
 def ours(rows: list[Row]) -> list[str]:
@@ -87,27 +104,30 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def table(rows: list[Row]) -> str:
+def cell(row: Row, name: str, peaks: dict[str, float]) -> str:
+    """A median, in milliseconds or megabytes, with the ratio of ours to PyTorch's and the share of the peak."""
+    if name not in row.medians:
+        return ""
+    text = f"{row.medians[name] / 1e6:.1f}" if row.unit == "bytes" else f"{row.medians[name] * 1000:.3f}"
+    notes = [f"{row.ratio(name):.2f}"] if name.startswith("lmengine") and has_peer(row) else []
+    if row.flops and row.dtype in peaks:
+        notes.append(f"{row.flops / row.medians[name] / peaks[row.dtype]:.0%}")
+    return f"{text} ({', '.join(notes)})" if notes else text
+
+
+def table(rows: list[Row], peaks: dict[str, float] | None = None) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.medians))
     lines = [["shape", "dtype", "direction", *names]]
     for row in rows:
-        cells = []
-        for name in names:
-            if name not in row.medians:
-                cells.append("")
-            elif name.startswith("lmengine") and has_peer(row):
-                cells.append(f"{row.medians[name] * 1000:.3f} ({row.ratio(name):.2f})")
-            else:
-                cells.append(f"{row.medians[name] * 1000:.3f}")
+        cells = [cell(row, name, peaks or {}) for name in names]
         lines.append([row.shape, row.dtype, row.direction, *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     for name in ours(rows):
         ratios = [row.ratio(name) for row in rows if name in row.medians and has_peer(row)]
         if ratios:
-            text.append(
-                f"{name}: {geometric_mean(ratios):.2f} times PyTorch's speed (geometric mean of {len(ratios)}, "
-            )
+            what = "less memory than PyTorch" if rows[0].unit == "bytes" else "PyTorch's speed"
+            text.append(f"{name}: {geometric_mean(ratios):.2f} times {what} (geometric mean of {len(ratios)}, ")
             text[-1] += f"worst {min(ratios):.2f}, best {max(ratios):.2f})"
     return "\n".join(text)
 
@@ -120,7 +140,7 @@ def summary(results: dict[str, dict[str, list[Row]]]) -> str:
     ]
     for device, families in results.items():
         for family, rows in families.items():
-            for name in ours(rows):
+            for name in ours(rows) if rows[0].unit == "seconds" else []:
                 for dtype, direction in dict.fromkeys((row.dtype, row.direction) for row in rows):
                     chosen = [r for r in rows if (r.dtype, r.direction) == (dtype, direction) and name in r.medians]
                     ratios = [row.ratio(name) for row in chosen if has_peer(row)]
