@@ -10,9 +10,17 @@ LMENGINE_DECLARE_KERNEL(attention_backward, AttentionParameters)
 namespace lmengine {
 namespace {
 
-void check_type(const AttentionParameters& p) {
-  LMENGINE_CHECK(p.type != AttentionType::float16,
-                 "query: expected float32 or bfloat16 on the CPU, got float16");
+// The kernels trust these numbers with their addresses.
+void check_lengths(const AttentionParameters& p) {
+  const auto check = [&](const int32_t* starts, int64_t rows, const char* name) {
+    if (starts == nullptr) return;
+    bool ordered = starts[0] == 0 && starts[p.batch] == rows;
+    for (int64_t b = 0; b < p.batch; ++b) ordered = ordered && starts[b] <= starts[b + 1];
+    LMENGINE_CHECK(ordered, std::string(name) + ": expected sums of lengths from 0 to " +
+                                std::to_string(rows));
+  };
+  check(p.cu_query, p.query_rows, "cu_seqlens_q");
+  check(p.cu_key, p.key_rows, "cu_seqlens_k");
 }
 
 Tensor with_contiguous_rows(const Tensor& tensor) {
@@ -33,8 +41,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value,
                                  max_key,  window_left,  window_right,   bottom_right,
                                  scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](const AttentionParameters& p, const Tensor&) {
-    check_type(p);
-    check_plain(p);
+    check_lengths(p);
     LMENGINE_DISPATCH(attention_forward, p);
   };
   return attention_forward_with(with_contiguous_rows, launch, query, key, value, options);
@@ -53,8 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                                  max_key,  window_left,  window_right,   bottom_right,
                                  scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](const AttentionParameters& p, const Tensor&) {
-    check_type(p);
-    check_plain(p);
+    check_lengths(p);
     LMENGINE_DISPATCH(attention_backward, p);
   };
   return attention_backward_with(with_contiguous_rows, launch, grad_output, grad_logsumexp, query,

@@ -112,52 +112,6 @@ inline void for_row_blocks(int64_t begin, int64_t end, Body&& body) {
   }
 }
 
-// Transposes a square block of 32-bit values.
-inline void transpose(Vec (&block)[Vec::width]) {
-#if defined(__AVX512F__)
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_ps(block[i].v, block[i + 1].v);
-    a[i + 1] = _mm512_unpackhi_ps(block[i].v, block[i + 1].v);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
-      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  }
-  // b[4 * i + j] holds columns j, j + 4, j + 8, j + 12 of rows 4 * i .. 4 * i + 3
-  for (int j = 0; j < 4; ++j) {
-    const __m512 even01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x88);
-    const __m512 odd01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xdd);
-    const __m512 even23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x88);
-    const __m512 odd23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xdd);
-    block[j].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
-    block[j + 8].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
-    block[j + 4].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
-    block[j + 12].v = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
-  }
-#else
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(block[i].v, block[i + 1].v);
-    a[i + 1] = _mm256_unpackhi_ps(block[i].v, block[i + 1].v);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
-      b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
-    }
-  }
-  // b[4 * i + j] holds columns j and j + 4 of rows 4 * i .. 4 * i + 3
-  for (int j = 0; j < 4; ++j) {
-    block[j].v = _mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
-    block[j + 4].v = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
-  }
-#endif
-}
-
 inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
