@@ -1,7 +1,6 @@
-"""Softmax attention in Triton: forward, and a backward of two kernels without atomics, one for the gradients of keys and
-values and one for that of the queries.
+"""Softmax attention in Triton: the forward kernel, and the launchers of it and of the backward's kernels.
 
-B: batch, N: heads, Q: query length, K: key length, D: head_dim. A program has BLOCK_M queries or BLOCK_N keys of a head.
+B: batch, N: heads, M: heads of keys and values, Q: query length, K: key length, D: head_dim, E: the values' head_dim.
 """
 
 from __future__ import annotations
@@ -11,324 +10,298 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from lmengine.kernels.attention_backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
+from lmengine.kernels.attention_blocks import (
+    LOG2_E,
+    UNSPECIALISED,
+    extras_of,
+    kept_by_dropout,
+    key_blocks_of,
+    load_rows,
+    offset_of,
+    one_of,
+    place_of,
+    scores_of,
+    sees,
+    sequence_of,
+    singles_of,
+    store_rows,
+    weights_of,
+)
+from lmengine.kernels.attention_tiles import tiles
 from lmengine.kernels.configuration import StaticConfiguration
+from lmengine.kernels.launch import Launch
 from torch import Tensor
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def weights_of(scores, shift, AFTER: tl.constexpr):
-    """exp2((scores - shift) * AFTER), at most 1.
-
-    A weight never exceeds 1, but scores of 1e8 are 8 apart in float32: computed again in another order, or fused into
-    the difference, one may exceed the shift by so much that exp2 overflows. A NaN passes.
-    """
-    return tl.exp2(tl.minimum(scores - shift, 0.0, propagate_nan=tl.PropagateNan.ALL) * AFTER)
-
-
-@triton.jit
-def place_of(length, heads, BLOCK: tl.constexpr):
-    """The block, batch and head of a program. The grid is one-dimensional: batch * heads may exceed its other sizes."""
-    count = tl.cdiv(length, BLOCK)
-    pid = tl.program_id(0) // count
-    return tl.program_id(0) % count, pid.to(tl.int64), (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
-
 
 # ---- forward ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def forward_kernel(
-    query, key, value, output, logsumexp,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    output_batch, output_head, output_row, heads, query_length, key_length, head_dim, scale, is_causal,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def add_keys(
+    block, first, largest, total, sums, q, key, value, key_row, value_row, limits, masking, scoring, dropping,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Output (B, N, Q, D) and logsumexp (B, N, Q), natural. Strides are in elements, the last dimension is contiguous."""
+    """One block of keys into the running maximum, sum of weights and sum of weighted values of queries from `first`."""
+    begin = block * BLOCK_N
+    count = limits[1] - begin
+    k = load_rows(key + begin.to(tl.int64) * key_row, key_row, count, BLOCK_N, HEAD_DIM, BLOCK_D, ALIGN, FULL)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if FULL:
+        scores = scores * (scoring[0] * BEFORE)
+    else:
+        i = (first + tl.arange(0, BLOCK_M))[:, None]
+        j = (begin + tl.arange(0, BLOCK_N))[None, :]
+        scores, _ = scores_of(scores, i, j, limits, masking, scoring, BEFORE)
+        scores = tl.where(sees(i, j, limits, masking), scores, float("-inf"))
+    now = tl.maximum(largest, tl.max(scores, 1))
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    weights = weights_of(scores, shift[:, None], AFTER)
+    factor = weights_of(largest, shift, AFTER)
+    total = total * factor + tl.sum(weights, 1)
+    if dropping[0] is not None:
+        weights = tl.where(kept_by_dropout(first, begin, dropping, BLOCK_M, BLOCK_N), weights, 0.0)
+    v = load_rows(value + begin.to(tl.int64) * value_row, value_row, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, FULL)
+    sums = tl.dot(weights.to(v.dtype), v, sums * factor[:, None], input_precision="ieee")
+    return now, total, sums
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def forward_kernel(
+    query, key, value, output, logsumexp, mask, alibi_slopes, prefix_lengths, key_lengths, cu_query, cu_key, seed,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    output_batch, output_head, output_row, mask_batch, mask_head, mask_row, mask_column, slopes_batch,
+    heads, groups, query_length, key_length, query_rows, left, right, scale, softcap, threshold, dropout_factor,
+    BOTTOM_RIGHT: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Output (B, N, Q, E) and logsumexp (B, N, Q), natural: a program has BLOCK_M queries of a head.
+
+    Strides are in elements, the last dimension is contiguous.
+    """
     # 16-bit types take the factor log2(e) into the scale. float32 multiplies the small difference by it, because the
     # roundings of scores and logsumexp in two units would be the largest error of the backward.
     before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
     after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
-    block, pid, batch, head = place_of(query_length, heads, BLOCK_M)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
-    q = tl.load(
-        query + batch * query_batch + head * query_head + rows.to(tl.int64)[:, None] * query_row + dims[None, :],
-        within, other=0.0,
+    block, batch, head = place_of(query_length, heads, BLOCK_M, right is not None)
+    first = block * BLOCK_M
+    query_begin, key_begin, query_length, stored, key_length, offset, prefix = sequence_of(
+        batch, query_length, key_length, prefix_lengths, key_lengths, cu_query, cu_key, BOTTOM_RIGHT
+    )
+    if first >= query_length:
+        return
+    count = query_length - first
+    limits = (query_length, key_length, offset, prefix, prefix_lengths, left, right)
+    masking, scoring, dropping = extras_of(
+        batch, head, heads, mask, mask_batch, mask_head, mask_row, mask_column, alibi_slopes, slopes_batch, scale,
+        softcap, seed, threshold, dropout_factor,
     )  # fmt: skip
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
+    rows = query_begin + first
+    query += offset_of(batch, query_batch, head, query_head, rows, query_row, ALIGN)
+    key += offset_of(batch, key_batch, head // groups, key_head, key_begin, key_row, ALIGN)
+    value += offset_of(batch, value_batch, head // groups, value_head, key_begin, value_row, ALIGN)
+    q = load_rows(query, query_row, count, BLOCK_M, HEAD_DIM, BLOCK_D, ALIGN, False)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    end = key_length
-    if is_causal:
-        end = tl.minimum(key_length, (block + 1) * BLOCK_M)
-    for begin in range(0, end, BLOCK_N):
-        columns = begin + tl.arange(0, BLOCK_N)
-        there = (columns < key_length)[:, None] & (dims < head_dim)[None, :]
-        at = columns.to(tl.int64)[:, None]
-        k = tl.load(key + at * key_row + dims[None, :], there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * before)
-        seen = (columns < key_length)[None, :] & ((columns[None, :] <= rows[:, None]) | (is_causal == 0))
-        scores = tl.where(seen, scores, float("-inf"))
-        now = tl.maximum(largest, tl.max(scores, 1))
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        weights = weights_of(scores, shift[:, None], after)
-        factor = weights_of(largest, shift, after)
-        total = total * factor + tl.sum(weights, 1)
-        v = tl.load(value + at * value_row + dims[None, :], there, other=0.0)
-        sums = tl.dot(weights.to(v.dtype), v, sums * factor[:, None], input_precision="ieee")
-        largest = now
+    sums = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    whole, partly, begin, full_begin, full_end, end = key_blocks_of(first, limits, SPLIT, BLOCK_M, BLOCK_N)
+    if SPLIT:
+        for n in range(0, whole + full_end - full_begin):
+            largest, total, sums = add_keys(
+                tl.where(n < whole, n, full_begin + n - whole), first, largest, total, sums, q, key, value, key_row,
+                value_row, limits, masking, scoring, dropping, before, after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N,
+                BLOCK_D, BLOCK_E, ALIGN, True,
+            )  # fmt: skip
+    partly -= whole
+    for n in range(0, partly + full_begin - begin + end - full_end):
+        largest, total, sums = add_keys(
+            tl.where(n < partly, whole + n, one_of(n - partly, begin, full_begin, full_end)), first, largest, total,
+            sums, q, key, value, key_row, value_row, limits, masking, scoring, dropping, before, after, HEAD_DIM,
+            VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, False,
+        )  # fmt: skip
     # a query that sees no key: 0, and -infinity
-    sums = tl.where((total == 0)[:, None], 0.0, sums / tl.where(total == 0, 1.0, total)[:, None])
-    tl.store(
-        output + batch * output_batch + head * output_head + rows.to(tl.int64)[:, None] * output_row + dims[None, :],
-        sums.to(output.dtype.element_ty), within,
-    )  # fmt: skip
-    natural = tl.where(total == 0, float("-inf"), largest / before + tl.log(tl.where(total == 0, 1.0, total)))
-    tl.store(logsumexp + pid * query_length + rows, natural, rows < query_length)
-
-
-# ---- backward --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def delta_kernel(
-    grad_output, output, delta, grad_batch, grad_head, grad_row, output_batch, output_head, output_row,
-    heads, query_length, head_dim, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """delta (B, N, Q): the sum over D of grad_output * output."""
-    block, pid, batch, head = place_of(query_length, heads, BLOCK_M)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
-    at = rows.to(tl.int64)[:, None]
-    grad = tl.load(
-        grad_output + batch * grad_batch + head * grad_head + at * grad_row + dims[None, :], within, other=0.0
-    )
-    out = tl.load(
-        output + batch * output_batch + head * output_head + at * output_row + dims[None, :], within, other=0.0
-    )
-    sums = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta + pid * query_length + rows, sums, rows < query_length)
-
-
-@triton.jit
-def grad_key_value_kernel(
-    query, key, value, grad_output, logsumexp, delta, grad_key, grad_value,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    grad_batch, grad_head, grad_row, heads, query_length, key_length, head_dim, scale, is_causal,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """grad_key and grad_value, both contiguous as (B, K, N, D)."""
-    before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
-    after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
-    block, pid, batch, head = place_of(key_length, heads, BLOCK_N)
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, BLOCK_D)
-    there = (columns < key_length)[:, None] & (dims < head_dim)[None, :]
-    at = columns.to(tl.int64)[:, None]
-    k = tl.load(key + batch * key_batch + head * key_head + at * key_row + dims[None, :], there, other=0.0)
-    v = tl.load(value + batch * value_batch + head * value_head + at * value_row + dims[None, :], there, other=0.0)
-    query += batch * query_batch + head * query_head
-    grad_output += batch * grad_batch + head * grad_head
-    logsumexp += pid * query_length
-    delta += pid * query_length
-    for_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    first = 0
-    if is_causal:
-        first = block * BLOCK_N // BLOCK_M * BLOCK_M
-    for begin in range(first, query_length, BLOCK_M):
-        rows = begin + tl.arange(0, BLOCK_M)
-        within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
-        row_at = rows.to(tl.int64)[:, None]
-        q = tl.load(query + row_at * query_row + dims[None, :], within, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * before)  # (BLOCK_N, BLOCK_M)
-        shift = tl.load(logsumexp + rows, rows < query_length, other=float("inf")) * before
-        seen = (columns < key_length)[:, None] & ((columns[:, None] <= rows[None, :]) | (is_causal == 0))
-        weights = tl.where(seen, weights_of(scores, shift[None, :], after), 0.0)
-        grad = tl.load(grad_output + row_at * grad_row + dims[None, :], within, other=0.0)
-        for_value = tl.dot(weights.to(grad.dtype), grad, for_value, input_precision="ieee")
-        grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        minus = tl.load(delta + rows, rows < query_length, other=0.0)
-        grad_scores = weights * (grad_weights - minus[None, :])
-        for_key = tl.dot(grad_scores.to(q.dtype), q, for_key, input_precision="ieee")
-    to = ((batch * key_length + columns.to(tl.int64)) * heads + head)[:, None] * head_dim + dims[None, :]
-    tl.store(grad_key + to, (for_key * scale).to(grad_key.dtype.element_ty), there)
-    tl.store(grad_value + to, for_value.to(grad_value.dtype.element_ty), there)
-
-
-@triton.jit
-def grad_query_kernel(
-    query, key, value, grad_output, logsumexp, delta, grad_query,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    grad_batch, grad_head, grad_row, heads, query_length, key_length, head_dim, scale, is_causal,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """grad_query, contiguous as (B, Q, N, D)."""
-    before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
-    after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
-    block, pid, batch, head = place_of(query_length, heads, BLOCK_M)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    within = (rows < query_length)[:, None] & (dims < head_dim)[None, :]
-    at = rows.to(tl.int64)[:, None]
-    q = tl.load(query + batch * query_batch + head * query_head + at * query_row + dims[None, :], within, other=0.0)
-    grad = tl.load(
-        grad_output + batch * grad_batch + head * grad_head + at * grad_row + dims[None, :], within, other=0.0
-    )
-    shift = tl.load(logsumexp + pid * query_length + rows, rows < query_length, other=float("inf")) * before
-    minus = tl.load(delta + pid * query_length + rows, rows < query_length, other=0.0)
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    end = key_length
-    if is_causal:
-        end = tl.minimum(key_length, (block + 1) * BLOCK_M)
-    for begin in range(0, end, BLOCK_N):
-        columns = begin + tl.arange(0, BLOCK_N)
-        there = (columns < key_length)[:, None] & (dims < head_dim)[None, :]
-        column_at = columns.to(tl.int64)[:, None]
-        k = tl.load(key + column_at * key_row + dims[None, :], there, other=0.0)
-        v = tl.load(value + column_at * value_row + dims[None, :], there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * before)
-        seen = (columns < key_length)[None, :] & ((columns[None, :] <= rows[:, None]) | (is_causal == 0))
-        weights = tl.where(seen, weights_of(scores, shift[:, None], after), 0.0)
-        grad_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        grad_scores = weights * (grad_weights - minus[:, None])
-        sums = tl.dot(grad_scores.to(k.dtype), k, sums, input_precision="ieee")
-    to = ((batch * query_length + rows.to(tl.int64)) * heads + head)[:, None] * head_dim + dims[None, :]
-    tl.store(grad_query + to, (sums * scale).to(grad_query.dtype.element_ty), within)
+    divisor = tl.where(total == 0, 1.0, total)
+    if seed is not None:
+        sums *= dropout_factor
+    sums = tl.where((total == 0)[:, None], 0.0, sums / divisor[:, None])
+    output += offset_of(batch, output_batch, head, output_head, rows, output_row, ALIGN)
+    store_rows(output, output_row, count, sums, BLOCK_M, VALUE_DIM, BLOCK_E, ALIGN)
+    natural = tl.where(total == 0, float("-inf"), largest / before + tl.log(divisor))
+    logsumexp += singles_of(batch, head, heads, query_rows, cu_query) + rows
+    tl.store(logsumexp + tl.arange(0, BLOCK_M), natural, tl.arange(0, BLOCK_M) < count)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------
 
 
-def blocks(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_D, num_warps and num_stages of a kernel for a head_dim and dtype."""
-    block_d = max(32, triton.next_power_of_2(head_dim))
-    if dtype == torch.float32:  # without tensor cores: small tiles, so that nothing spills
-        m, n, warps = (32, 32, 4) if block_d < 128 else (16, 32, 4)
-        if kernel == "grad_key_value":
-            m, n, warps = (32, 32, 4) if block_d < 128 else (32, 16, 8)
-        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 1}
-    m, n, warps = {
-        "forward": {32: (128, 64, 4), 64: (128, 64, 4), 128: (128, 64, 8)},
-        "grad_key_value": {32: (64, 64, 4), 64: (32, 64, 4), 128: (32, 64, 8)},
-        "grad_query": {32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 32, 4)},
-        "delta": {32: (64, 0, 4), 64: (64, 0, 4), 128: (64, 0, 4)},
-    }[kernel][block_d]
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
-
-
-def with_contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-def heads_strides(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Output (B, N, Q, D), laid out as (B, Q, N, D), and logsumexp (B, N, Q) in float32.
+    """Output (B, N, Q, E), laid out as (B, Q, N, E), and logsumexp (B, N, Q) in float32.
 
     `options` are those of lmengine/ops/attention.py's OPTIONS.
     """
-    is_causal, scale = options["window_right"] == 0, options["scale"]
-    query, key, value = map(with_contiguous_rows, (query, key, value))
-    batch, heads, length, head_dim = query.shape
-    output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    query, key, value = map(with_plain_rows, (query, key, value))
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
     logsumexp = query.new_empty(batch, heads, length, dtype=torch.float32)
-    if output.numel() == 0:
-        return output, logsumexp
-    chosen = blocks("forward", head_dim, query.dtype)
-    forward_kernel[(triton.cdiv(length, chosen["BLOCK_M"]) * batch * heads,)](
-        query, key, value, output, logsumexp,
-        *heads_strides(query), *heads_strides(key), *heads_strides(value), *heads_strides(output),
-        heads, length, key.shape[2], head_dim, scale, int(is_causal), **chosen,
-    )  # fmt: skip
+    if sequences_of(query, options) == 0 or options["max_seqlen_q"] == 0:
+        return output.zero_(), logsumexp.fill_(-torch.inf)
+    if output.numel() or logsumexp.numel():
+        forward_launch(query, key, value, output, logsumexp, options).run()
     return output, logsumexp
+
+
+def forward_launch(query, key, value, output, logsumexp, options) -> Launch:
+    arguments = {
+        "query": query, "key": key, "value": value, "output": output, "logsumexp": logsumexp,
+        **strides(options["cu_seqlens_q"] is not None, query=query, key=key, value=value, output=output),
+        **common(query, key, value, options), "ALIGN": alignment(query, key, value, output),
+    }  # fmt: skip
+    return Launch(
+        forward_kernel, options["max_seqlen_q"], "BLOCK_M", sequences_of(query, options) * query.shape[1], arguments,
+        tiles("forward", arguments),
+    )  # fmt: skip
 
 
 def backward(
     grad_output: Tensor, grad_logsumexp: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
     logsumexp: Tensor, options: dict[str, Any], needs_grad_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value, each laid out as (B, length, N, D), and of the mask in float32."""
-    is_causal, scale = options["window_right"] == 0, options["scale"]
-    grad_mask = logsumexp.new_empty(0)
-    query, key, value, output, grad_output = map(with_contiguous_rows, (query, key, value, output, grad_output))
-    batch, heads, length, head_dim = query.shape
-    keys = key.shape[2]
-    grad_query = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    grad_key = query.new_empty(batch, keys, heads, head_dim).transpose(1, 2)
-    grad_value = query.new_empty(batch, keys, heads, head_dim).transpose(1, 2)
-    if batch * heads * head_dim == 0:
-        return grad_query, grad_key, grad_value, grad_mask
-    if length == 0 or keys == 0:
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_mask
-    delta = torch.empty_like(logsumexp)
-    block_d = max(32, triton.next_power_of_2(head_dim))
-    delta_kernel[(triton.cdiv(length, 64) * batch * heads,)](
-        grad_output, output, delta, *heads_strides(grad_output), *heads_strides(output), heads, length, head_dim,
-        BLOCK_M=64, BLOCK_D=block_d, num_warps=4,
-    )  # fmt: skip
-    if grad_logsumexp is not None:
-        delta -= grad_logsumexp
-    strides = (*heads_strides(query), *heads_strides(key), *heads_strides(value), *heads_strides(grad_output))
-    sizes = (heads, length, keys, head_dim, scale, int(is_causal))
-    chosen = blocks("grad_key_value", head_dim, query.dtype)
-    grad_key_value_kernel[(triton.cdiv(keys, chosen["BLOCK_N"]) * batch * heads,)](
-        query, key, value, grad_output, logsumexp, delta, grad_key, grad_value, *strides, *sizes, **chosen
+    """The gradients of query, key and value, each laid out as (B, length, heads, dim), and of the mask in float32.
+
+    A deterministic gradient of a mask that broadcasts takes the memory of one that does not.
+    """
+    query, key, value, output, grad_output = map(with_plain_rows, (query, key, value, output, grad_output))
+    grad_query, grad_key, grad_value = (
+        tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
+        for tensor in (query, key, value)
     )
-    chosen = blocks("grad_query", head_dim, query.dtype)
-    grad_query_kernel[(triton.cdiv(length, chosen["BLOCK_M"]) * batch * heads,)](
-        query, key, value, grad_output, logsumexp, delta, grad_query, *strides, *sizes, **chosen
-    )
+    mask = options["mask"]
+    sizes: tuple[int, ...] = (0,)
+    if needs_grad_mask:
+        full = (*query.shape[:3], key.shape[2])
+        sizes = full if options["deterministic"] else tuple(mask.shape)
+    grad_mask = logsumexp.new_zeros(sizes)
+    if sequences_of(query, options) == 0 or options["max_seqlen_q"] == 0 or options["max_seqlen_k"] == 0:
+        for grad in (grad_query, grad_key, grad_value):
+            grad.zero_()
+    elif query.shape[1]:
+        delta = torch.empty_like(logsumexp)
+        delta_launch(grad_output, output, delta, options).run()
+        if grad_logsumexp is not None:
+            delta -= grad_logsumexp
+        for launch in backward_launches(
+            grad_output, query, key, value, logsumexp, delta, options, grad_query, grad_key, grad_value,
+            grad_mask if needs_grad_mask else None,
+        ):  # fmt: skip
+            launch.run()
+    else:
+        grad_key.zero_(), grad_value.zero_()
+    if needs_grad_mask and grad_mask.shape != mask.shape:
+        grad_mask = grad_mask.sum_to_size(mask.shape)
     return grad_query, grad_key, grad_value, grad_mask
 
 
-# ---- for inspection without a GPU --------------------------------------------------------------------------------
+def delta_launch(grad_output, output, delta, options) -> Launch:
+    arguments = {
+        "grad_output": grad_output, "output": output, "delta": delta, **strides(False, grad=grad_output, output=output),
+        "heads": output.shape[1], "query_length": output.shape[2], "VALUE_DIM": output.shape[3],
+        "ALIGN": alignment(grad_output, output),
+    }  # fmt: skip
+    return Launch(
+        delta_kernel, output.shape[2], "BLOCK_M", output.shape[0] * output.shape[1], arguments,
+        tiles("delta", arguments),
+    )  # fmt: skip
 
 
-def static_configurations() -> list[StaticConfiguration]:
-    """All that may be launched: each kernel for each dtype and padded head_dim."""
-    found = []
-    kernels = {
-        "forward": (forward_kernel, "query key value output", "logsumexp"),
-        "grad_key_value": (grad_key_value_kernel, "query key value grad_output grad_key grad_value", "logsumexp delta"),
-        "grad_query": (grad_query_kernel, "query key value grad_output grad_query", "logsumexp delta"),
-        "delta": (delta_kernel, "grad_output output", "delta"),
-    }
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        for head_dim in (32, 64, 128):
-            for kernel_name, (kernel, same, single) in kernels.items():
-                chosen = blocks(kernel_name, head_dim, dtype)
-                if kernel_name == "delta":
-                    chosen = {"BLOCK_M": 64, "BLOCK_D": chosen["BLOCK_D"], "num_warps": 4, "num_stages": 2}
-                constants = {key: size for key, size in chosen.items() if key.startswith("BLOCK")}
-                signature = {}
-                for argument in kernel.arg_names:
-                    if argument in same.split():
-                        signature[argument] = f"*{name}"
-                    elif argument in single.split():
-                        signature[argument] = "*fp32"
-                    elif argument == "scale":
-                        signature[argument] = "fp32"
-                    elif argument not in constants:
-                        signature[argument] = "i32"
-                strides = {a for a in signature if a.endswith(("_batch", "_head", "_row"))}
-                pointers = {a for a, kind in signature.items() if kind.startswith("*")}
-                found.append(
-                    StaticConfiguration(
-                        f"attention {kernel_name} {name} d{head_dim}", kernel, signature, constants,
-                        chosen["num_warps"], chosen["num_stages"],
-                        frozenset(strides | pointers | {"head_dim"}),
-                        matrix_instructions=name != "fp32" and kernel_name != "delta",
-                    )
-                )  # fmt: skip
+def backward_launches(
+    grad_output, query, key, value, logsumexp, delta, options, grad_query, grad_key, grad_value, grad_mask
+) -> list[Launch]:
+    packed = options["cu_seqlens_q"] is not None
+    given = {
+        "query": query, "key": key, "value": value, "grad_output": grad_output, "logsumexp": logsumexp, "delta": delta,
+        **strides(packed, query=query, key=key, value=value, grad=grad_output), **common(query, key, value, options),
+        "ALIGN": alignment(query, key, value, grad_output),
+    }  # fmt: skip
+    for_keys = given | {"grad_key": grad_key, "grad_value": grad_value}
+    for_keys |= strides(packed, grad_key=grad_key, grad_value=grad_value)
+    for_queries = given | {"grad_query": grad_query, **strides(packed, grad_query=grad_query), "grad_mask": grad_mask}
+    for_queries |= mask_strides("grad_mask", grad_mask)
+    for_queries["GRAD_MASK"] = "none"
+    if grad_mask is not None:
+        full = grad_mask.shape == (*query.shape[:3], key.shape[2])
+        for_queries["GRAD_MASK"] = "store" if full else "sums" if grad_mask.shape[2] == 1 else "add"
+    sequences = sequences_of(query, options)
+    return [
+        Launch(
+            grad_key_value_kernel, options["max_seqlen_k"], "BLOCK_N", sequences * key.shape[1], for_keys,
+            tiles("grad_key_value", for_keys),
+        ),
+        Launch(
+            grad_query_kernel, options["max_seqlen_q"], "BLOCK_M", sequences * query.shape[1], for_queries,
+            tiles("grad_query", for_queries), again=for_queries["GRAD_MASK"] in ("none", "store"),
+        ),
+    ]  # fmt: skip
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+
+def with_plain_rows(tensor: Tensor) -> Tensor:
+    """A tensor whose rows are contiguous and so close that a block's offsets have 32 bits."""
+    return tensor if tensor.stride(3) == 1 and tensor.stride(2) < 2**23 else tensor.contiguous()
+
+
+def sequences_of(query: Tensor, options: dict[str, Any]) -> int:
+    starts = options["cu_seqlens_q"]
+    return query.shape[0] if starts is None else starts.shape[0] - 1
+
+
+def strides(packed: bool, **tensors: Tensor) -> dict[str, int]:
+    """The strides of batch, head and row by the kernels' names; that of the batch is 0 where sequences are packed."""
+    found = {}
+    for name, tensor in tensors.items():
+        batch, head, row = (tensor.stride(d) if tensor.shape[d] > 1 else 0 for d in range(3))
+        found |= {f"{name}_batch": 0 if packed else batch, f"{name}_head": head, f"{name}_row": row}
+    return found
+
+
+def mask_strides(name: str, mask: Tensor | None) -> dict[str, int | None]:
+    names = [f"{name}_{dimension}" for dimension in ("batch", "head", "row", "column")]
+    if mask is None:
+        return dict.fromkeys(names)
+    return {n: mask.stride(d) if mask.shape[d] > 1 else 0 for d, n in enumerate(names)}
+
+
+def alignment(*tensors: Tensor) -> int:
+    """How many elements of 16 bytes in all begin the rows at multiples of: 1 where some row does not."""
+    step = 16 // tensors[0].element_size()
+    return step if all(t.shape[d] == 1 or t.stride(d) % step == 0 for t in tensors for d in range(3)) else 1
+
+
+def common(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the forward and the backward's kernels share; None for what a call lacks."""
+    lengths = options["max_seqlen_q"], options["max_seqlen_k"]
+    left, right = (
+        None if side < 0 else min(side, sum(lengths)) for side in (options["window_left"], options["window_right"])
+    )
+    mask, slopes, dropout_p = options["mask"], options["alibi_slopes"], options["dropout_p"]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    found = {
+        "mask": mask, **mask_strides("mask", mask), "alibi_slopes": slopes,
+        "slopes_batch": None if slopes is None else slopes.stride(0) if slopes.shape[0] > 1 else 0,
+        "prefix_lengths": None if left is None and right is None else options["prefix_lengths"],
+        "key_lengths": options["key_lengths"], "cu_query": options["cu_seqlens_q"], "cu_key": options["cu_seqlens_k"],
+        "heads": query.shape[1], "groups": query.shape[1] // max(key.shape[1], 1), "query_length": lengths[0],
+        "key_length": lengths[1], "query_rows": query.shape[2], "left": left, "right": right,
+        "scale": float(options["scale"]), "softcap": float(options["softcap"]) or None, "seed": None,
+        "threshold": None, "dropout_factor": None, "BOTTOM_RIGHT": bool(options["bottom_right"]),
+        "HEAD_DIM": query.shape[3], "VALUE_DIM": value.shape[3],
+    }  # fmt: skip
+    if dropout_p:
+        threshold = min(int(dropout_p * 2**32), 2**32 - 1)
+        found["seed"] = options["seed"]
+        found["threshold"] = threshold - 2**32 if threshold >= 2**31 else threshold  # the same bits as 32 with a sign
+        found["dropout_factor"] = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+    found["SPLIT"] = all(found[name] is None for name in ("mask", "alibi_slopes", "softcap", "seed"))
     return found

@@ -1,0 +1,93 @@
+"""A Triton kernel with its arguments: to be run, with the best of some tile sizes, or described for `python -m bench.static`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from lmengine.kernels.configuration import StaticConfiguration
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+
+_chosen: dict[Any, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel whose one-dimensional grid has a program for each block of `length`, `copies` times.
+
+    Attributes:
+        block: the name of the constexpr that is a block's size.
+        arguments: all but those of the configurations, by name; None for what the call lacks.
+        configurations: tile sizes, num_warps and num_stages, by name. The first is taken where there is no time to
+            try them: in the interpreter, in a graph capture, and for a kernel that adds to memory.
+        again: whether the kernel may run twice with the same result.
+    """
+
+    kernel: Any
+    length: int
+    block: str
+    copies: int
+    arguments: dict[str, Any]
+    configurations: Sequence[dict[str, Any]]
+    again: bool = True
+
+    def run(self) -> None:
+        if self.length * self.copies:
+            self.run_with(self.configuration())
+
+    def run_with(self, configuration: dict[str, Any]) -> None:
+        grid = triton.cdiv(self.length, configuration[self.block]) * self.copies
+        self.kernel[(grid,)](**self.arguments, **configuration)
+
+    def configuration(self) -> dict[str, Any]:
+        """The fastest configuration, measured at the first call of a kind; the batch is not part of the kind."""
+        first = self.configurations[0]
+        if len(self.configurations) == 1 or not self.again or os.environ.get("TRITON_INTERPRET") == "1":
+            return first
+        kind = (self.kernel, torch.cuda.current_device(), self.length >= 1024, *map(kind_of, self.arguments.values()))
+        if kind not in _chosen:
+            if torch.cuda.is_current_stream_capturing():
+                return first
+            _chosen[kind] = min(self.configurations, key=self.milliseconds)
+        return _chosen[kind]
+
+    def milliseconds(self, configuration: dict[str, Any]) -> float:
+        return triton.testing.do_bench(lambda: self.run_with(configuration), warmup=5, rep=20, return_mode="median")
+
+    def described(self, name: str, configuration: dict[str, Any], matrix_instructions: bool) -> StaticConfiguration:
+        """As Triton would compile it for these arguments; tensors may be on the device "meta"."""
+        parameters = {parameter.name: parameter for parameter in self.kernel.params}
+        constants = {n: v for n, v in configuration.items() if n in parameters}
+        signature, divisible = {}, set()
+        for argument, value in self.arguments.items():
+            parameter = parameters[argument]
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (value == 1 and type(value) is int and specialised):
+                constants[argument] = value
+            elif isinstance(value, torch.Tensor):
+                signature[argument] = f"*{TYPES[value.dtype]}"
+            elif isinstance(value, float):
+                signature[argument] = "fp32"
+            else:
+                signature[argument] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if specialised and value % 16 == 0:
+                    divisible.add(argument)
+        return StaticConfiguration(
+            name, self.kernel, signature, constants, configuration["num_warps"], configuration["num_stages"],
+            frozenset(divisible), matrix_instructions,
+        )  # fmt: skip
+
+
+def kind_of(argument: Any) -> Any:
+    """What Triton compiles anew for, and no more: tensors by dtype, numbers by their being there."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    return argument if isinstance(argument, str | bool) or argument is None else type(argument)
