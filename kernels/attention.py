@@ -305,3 +305,70 @@ def common(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -
         found["dropout_factor"] = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
     found["SPLIT"] = all(found[name] is None for name in ("mask", "alibi_slopes", "softcap", "seed"))
     return found
+
+
+# ---- for inspection without a GPU --------------------------------------------------------------------------------
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"window_right": 0},
+    "window": {
+        "window_left": 100, "window_right": 0, "bottom_right": True, "prefix_lengths": torch.int32,
+        "key_lengths": torch.int32, "cu_seqlens_q": torch.int32, "cu_seqlens_k": torch.int32,
+    },
+    "boolean": {"mask": torch.bool, "dropout_p": 0.1, "seed": torch.int64},
+    "everything": {
+        "window_left": 100, "window_right": 0, "prefix_lengths": torch.int32, "key_lengths": torch.int32,
+        "mask": torch.float32, "alibi_slopes": torch.float32, "softcap": 30.0, "dropout_p": 0.1, "seed": torch.int64,
+        "groups": 4, "needs_grad_mask": True,
+    },
+}  # fmt: skip
+
+
+def launches(kind: dict[str, Any], head_dim: int, dtype: torch.dtype, length: int = 1000) -> dict[str, Launch]:
+    """The launches of a kind of call, by kernel, on tensors without memory."""
+    batch, heads, groups = 2, 8, kind.get("groups", 1)
+
+    def empty(*sizes, dtype=dtype):
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    packed = "cu_seqlens_q" in kind
+    query, output = (empty(1 if packed else batch, length, heads, head_dim).transpose(1, 2) for _ in range(2))
+    key = empty(query.shape[0], length, heads // groups, head_dim).transpose(1, 2)
+    logsumexp = empty(*query.shape[:3], dtype=torch.float32)
+    options = dict.fromkeys(("mask", "alibi_slopes", "prefix_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k",
+                             "seed"))  # fmt: skip
+    options |= {"max_seqlen_q": length, "max_seqlen_k": length, "window_left": -1, "window_right": -1, "scale": 0.1}
+    options |= {"bottom_right": False, "softcap": 0.0, "dropout_p": 0.0, "deterministic": False}
+    sizes = {"mask": (1, heads, length, length), "alibi_slopes": (1, heads), "seed": (1,)}
+    for name, value in kind.items():
+        if isinstance(value, torch.dtype):
+            value = empty(*sizes.get(name, (batch + 1 if name.startswith("cu") else batch,)), dtype=value)
+        options[name] = value
+    grad_mask = empty(1, heads, length, length, dtype=torch.float32) if kind.get("needs_grad_mask") else None
+    for_keys, for_queries = backward_launches(
+        output, query, key, key, logsumexp, logsumexp, options, query, key, key, grad_mask
+    )
+    return {
+        "forward": forward_launch(query, key, key, output, logsumexp, options),
+        "delta": delta_launch(output, output, logsumexp, options),
+        "grad_key_value": for_keys, "grad_query": for_queries,
+    }  # fmt: skip
+
+
+def static_configurations() -> list[StaticConfiguration]:
+    found = []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        for head_dim in (32, 64, 128, 256):
+            for kind in KINDS:
+                for kernel, launch in launches(KINDS[kind], head_dim, dtype).items():
+                    if kernel == "delta" and kind != "full":
+                        continue
+                    for number, configuration in enumerate(launch.configurations):
+                        found.append(
+                            launch.described(
+                                f"attention {kernel} {name} d{head_dim} {kind} {number}", configuration,
+                                matrix_instructions=dtype != torch.float32 and kernel != "delta",
+                            )
+                        )  # fmt: skip
+    return found

@@ -246,7 +246,10 @@ def kept_by_dropout(first_row, first_column, dropping, M: tl.constexpr, N: tl.co
 @triton.jit
 def offset_of(batch, batch_stride, head, head_stride, row, row_stride, ALIGN: tl.constexpr):
     """Where a row begins, in elements, all of 64 bits; it is a multiple of ALIGN."""
-    return tl.multiple_of(batch * batch_stride + head * head_stride + row.to(tl.int64) * row_stride, [ALIGN])
+    # each product is marked by itself: the mark is lost with a sum that is simplified
+    batches = tl.multiple_of(batch * batch_stride, [ALIGN])
+    heads = tl.multiple_of(head * head_stride, [ALIGN])
+    return batches + heads + tl.multiple_of(row.to(tl.int64) * row_stride, [ALIGN])
 
 
 @triton.jit

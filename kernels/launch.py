@@ -70,7 +70,7 @@ class Launch:
         for argument, value in self.arguments.items():
             parameter = parameters[argument]
             specialised = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (value == 1 and type(value) is int and specialised):
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
                 constants[argument] = value
             elif isinstance(value, torch.Tensor):
                 signature[argument] = f"*{TYPES[value.dtype]}"
