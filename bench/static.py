@@ -14,12 +14,14 @@ import argparse
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ class Reading:
         shared: bytes of shared memory; what a CUDA kernel asks for at launch is not known here.
         spills: instructions that read or write local memory (LDL, STL): spilled registers and indexed local arrays.
         hmma, hgmma: tensor-core instructions, of a warp and of a warp group.
+        utmaldg: loads of a block by a tensor descriptor.
         needs_matrix_instructions: whether there must be some.
         error: the compiler's message, where the kernel does not compile.
     """
@@ -52,6 +55,7 @@ class Reading:
     spills: int = 0
     hmma: int = 0
     hgmma: int = 0
+    utmaldg: int = 0
     needs_matrix_instructions: bool = False
     error: str = ""
 
@@ -97,9 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(readings: list[Reading]) -> str:
-    lines = [("language", "kernel", "arch", "registers", "shared", "spills", "HMMA", "HGMMA")]
+    lines = [("language", "kernel", "arch", "registers", "shared", "spills", "HMMA", "HGMMA", "UTMALDG")]
     for r in readings:
-        numbers = (r.registers, r.shared, r.spills, r.hmma, r.hgmma)
+        numbers = (r.registers, r.shared, r.spills, r.hmma, r.hgmma, r.utmaldg)
         lines.append((r.language, r.kernel, f"sm_{r.architecture}", *("-" if r.error else str(n) for n in numbers)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
@@ -125,31 +129,39 @@ def configurations(family: str) -> list[Any]:
     return importlib.import_module(f"lmengine.kernels.{family}").static_configurations()
 
 
-def triton_readings(family: str) -> list[Reading]:
-    """Compiles a family's Triton kernels in every configuration, or takes the readings from build/static/."""
+def triton_readings(family: str, quick: bool = False) -> list[Reading]:
+    """Compiles a family's Triton kernels in every configuration, or takes the readings from build/static/.
+
+    With `quick` only in those configurations that say so.
+    """
     import triton
 
-    sources = [Path(__file__), *(path for path in sorted((ROOT / "kernels").glob("*.py")) if not _is_family(path))]
-    key = _digest(triton.__version__.encode(), *(p.read_bytes() for p in [ROOT / "kernels" / f"{family}.py", *sources]))
-    cache = CACHE / f"triton-{family}-{key}.json"
-    if not cache.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("TRITON_INTERPRET", "0") == "0":
-            readings = [
-                compile_offline(family, c, architecture)
-                for c in configurations(family)
-                for architecture in ARCHITECTURES
-            ]
-            _store(cache, readings)
-        else:  # the kernels of this process are the interpreter's
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            code = f"from bench.static import triton_readings; triton_readings({family!r})"
-            done = subprocess.run(
-                [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise RuntimeError(f"compiling the Triton kernels of {family} failed:\n{done.stderr[-8000:]}")
-    return _load(cache)
+    others = [path for path in sorted((ROOT / "kernels").glob("*.py")) if not _is_family(path)]
+    sources = [ROOT / "kernels" / f"{family}.py", Path(__file__), *others]
+    folder = CACHE / f"triton-{family}-{_digest(triton.__version__.encode(), *(p.read_bytes() for p in sources))}"
+    jobs = [
+        (family, number, architecture, folder / f"{number}-sm{architecture}.json")
+        for number, configuration in enumerate(configurations(family))
+        for architecture in configuration.architectures
+        if configuration.quick or not quick
+    ]
+    missing = [job for job in jobs if not job[-1].exists()]
+    if missing and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        folder.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            for _ in pool.map(_read, *zip(*missing, strict=True)):
+                pass
+    elif missing:  # the kernels of this process are the interpreter's
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        code = f"from bench.static import triton_readings; triton_readings({family!r}, {quick})"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"compiling the Triton kernels of {family} failed:\n{done.stderr[-8000:]}")
+    return [reading for job in jobs for reading in _load(job[-1])]
+
+
+def _read(family: str, number: int, architecture: int, path: Path) -> None:
+    _store(path, [compile_offline(family, configurations(family)[number], architecture)])
 
 
 def compile_offline(family: str, configuration: Any, architecture: int) -> Reading:
@@ -253,15 +265,15 @@ def read_object(path: Path) -> dict[int, dict[str, dict[str, int]]]:
         elif found := re.match(r"\s*Function (\S+):", line):
             name = found[1]
         elif found := re.match(r"\s*REG:(\d+) STACK:\d+ SHARED:(\d+)", line):
-            numbers = dict(registers=int(found[1]), shared=int(found[2]), spills=0, hmma=0, hgmma=0)
+            numbers = dict(registers=int(found[1]), shared=int(found[2]), spills=0, hmma=0, hgmma=0, utmaldg=0)
             result.setdefault(architecture, {})[name] = numbers
     for line in sass.splitlines():
         if found := re.match(r"\s*arch = sm_(\d+)", line):
             architecture = int(found[1])
         elif found := re.match(r"\s*Function : (\S+)", line):
             name = found[1]
-        elif found := re.search(r"\b(LDL|STL|HMMA|HGMMA)\b", line.split(";")[0]):
-            kind = {"HMMA": "hmma", "HGMMA": "hgmma"}.get(found[1], "spills")
+        elif found := re.search(r"\b(LDL|STL|HMMA|HGMMA|UTMALDG)\b", line.split(";")[0]):
+            kind = found[1].lower() if found[1] in ("HMMA", "HGMMA", "UTMALDG") else "spills"
             result[architecture][name][kind] += 1
     names = _demangled([name for functions in result.values() for name in functions])
     return {a: {names[name]: numbers for name, numbers in functions.items()} for a, functions in result.items()}

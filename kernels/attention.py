@@ -5,6 +5,7 @@ B: batch, N: heads, M: heads of keys and values, Q: query length, K: key length,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lmengine.kernels.attention_blocks import (
     extras_of,
     kept_by_dropout,
     key_blocks_of,
+    load_block,
     load_rows,
     offset_of,
     one_of,
@@ -38,14 +40,15 @@ from torch import Tensor
 
 @triton.jit
 def add_keys(
-    block, first, largest, total, sums, q, key, value, key_row, value_row, limits, masking, scoring, dropping,
-    BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, FULL: tl.constexpr,
+    block, first, batch, head, largest, total, sums, q, key, value, key_row, value_row, limits, masking, scoring,
+    dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running maximum, sum of weights and sum of weighted values of queries from `first`."""
     begin = block * BLOCK_N
     count = limits[1] - begin
-    k = load_rows(key + begin.to(tl.int64) * key_row, key_row, count, BLOCK_N, HEAD_DIM, BLOCK_D, ALIGN, FULL)
+    k = load_block(key, key_row, batch, head, begin, count, BLOCK_N, HEAD_DIM, BLOCK_D, ALIGN, FULL, TMA)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if FULL:
         scores = scores * (scoring[0] * BEFORE)
@@ -61,7 +64,7 @@ def add_keys(
     total = total * factor + tl.sum(weights, 1)
     if dropping[0] is not None:
         weights = tl.where(kept_by_dropout(first, begin, dropping, BLOCK_M, BLOCK_N), weights, 0.0)
-    v = load_rows(value + begin.to(tl.int64) * value_row, value_row, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, FULL)
+    v = load_block(value, value_row, batch, head, begin, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, FULL, TMA)
     sums = tl.dot(weights.to(v.dtype), v, sums * factor[:, None], input_precision="ieee")
     return now, total, sums
 
@@ -74,10 +77,11 @@ def forward_kernel(
     heads, groups, query_length, key_length, query_rows, left, right, scale, softcap, threshold, dropout_factor,
     BOTTOM_RIGHT: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Output (B, N, Q, E) and logsumexp (B, N, Q), natural: a program has BLOCK_M queries of a head.
 
-    Strides are in elements, the last dimension is contiguous.
+    Strides are in elements, the last dimension is contiguous. With TMA key and value are tensor descriptors.
     """
     # 16-bit types take the factor log2(e) into the scale. float32 multiplies the small difference by it, because the
     # roundings of scores and logsumexp in two units would be the largest error of the backward.
@@ -98,8 +102,9 @@ def forward_kernel(
     )  # fmt: skip
     rows = query_begin + first
     query += offset_of(batch, query_batch, head, query_head, rows, query_row, ALIGN)
-    key += offset_of(batch, key_batch, head // groups, key_head, key_begin, key_row, ALIGN)
-    value += offset_of(batch, value_batch, head // groups, value_head, key_begin, value_row, ALIGN)
+    if not TMA:
+        key += offset_of(batch, key_batch, head // groups, key_head, key_begin, key_row, ALIGN)
+        value += offset_of(batch, value_batch, head // groups, value_head, key_begin, value_row, ALIGN)
     q = load_rows(query, query_row, count, BLOCK_M, HEAD_DIM, BLOCK_D, ALIGN, False)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -108,16 +113,16 @@ def forward_kernel(
     if SPLIT:
         for n in range(0, whole + full_end - full_begin):
             largest, total, sums = add_keys(
-                tl.where(n < whole, n, full_begin + n - whole), first, largest, total, sums, q, key, value, key_row,
-                value_row, limits, masking, scoring, dropping, before, after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N,
-                BLOCK_D, BLOCK_E, ALIGN, True,
+                tl.where(n < whole, n, full_begin + n - whole), first, batch, head // groups, largest, total, sums, q,
+                key, value, key_row, value_row, limits, masking, scoring, dropping, before, after, HEAD_DIM, VALUE_DIM,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, True,
             )  # fmt: skip
     partly -= whole
     for n in range(0, partly + full_begin - begin + end - full_end):
         largest, total, sums = add_keys(
-            tl.where(n < partly, whole + n, one_of(n - partly, begin, full_begin, full_end)), first, largest, total,
-            sums, q, key, value, key_row, value_row, limits, masking, scoring, dropping, before, after, HEAD_DIM,
-            VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, False,
+            tl.where(n < partly, whole + n, one_of(n - partly, begin, full_begin, full_end)), first, batch,
+            head // groups, largest, total, sums, q, key, value, key_row, value_row, limits, masking, scoring, dropping,
+            before, after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, False,
         )  # fmt: skip
     # a query that sees no key: 0, and -infinity
     divisor = tl.where(total == 0, 1.0, total)
@@ -146,19 +151,20 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) 
     if sequences_of(query, options) == 0 or options["max_seqlen_q"] == 0:
         return output.zero_(), logsumexp.fill_(-torch.inf)
     if output.numel() or logsumexp.numel():
-        forward_launch(query, key, value, output, logsumexp, options).run()
+        forward_launch(query, key, value, output, logsumexp, options, architecture_of(query)).run()
     return output, logsumexp
 
 
-def forward_launch(query, key, value, output, logsumexp, options) -> Launch:
+def forward_launch(query, key, value, output, logsumexp, options, architecture) -> Launch:
     arguments = {
         "query": query, "key": key, "value": value, "output": output, "logsumexp": logsumexp,
         **strides(options["cu_seqlens_q"] is not None, query=query, key=key, value=value, output=output),
         **common(query, key, value, options), "ALIGN": alignment(query, key, value, output),
     }  # fmt: skip
+    arguments["TMA"] = described(architecture, arguments, "key", "value")
     return Launch(
         forward_kernel, options["max_seqlen_q"], "BLOCK_M", sequences_of(query, options) * query.shape[1], arguments,
-        tiles("forward", arguments),
+        tiles("forward", arguments), {"key": "BLOCK_N BLOCK_D", "value": "BLOCK_N BLOCK_E"},
     )  # fmt: skip
 
 
@@ -191,7 +197,7 @@ def backward(
             delta -= grad_logsumexp
         for launch in backward_launches(
             grad_output, query, key, value, logsumexp, delta, options, grad_query, grad_key, grad_value,
-            grad_mask if needs_grad_mask else None,
+            grad_mask if needs_grad_mask else None, architecture_of(query),
         ):  # fmt: skip
             launch.run()
     else:
@@ -209,12 +215,13 @@ def delta_launch(grad_output, output, delta, options) -> Launch:
     }  # fmt: skip
     return Launch(
         delta_kernel, output.shape[2], "BLOCK_M", output.shape[0] * output.shape[1], arguments,
-        tiles("delta", arguments),
+        tiles("delta", arguments), {},
     )  # fmt: skip
 
 
 def backward_launches(
-    grad_output, query, key, value, logsumexp, delta, options, grad_query, grad_key, grad_value, grad_mask
+    grad_output, query, key, value, logsumexp, delta, options, grad_query, grad_key, grad_value, grad_mask,
+    architecture,
 ) -> list[Launch]:
     packed = options["cu_seqlens_q"] is not None
     given = {
@@ -230,15 +237,17 @@ def backward_launches(
     if grad_mask is not None:
         full = grad_mask.shape == (*query.shape[:3], key.shape[2])
         for_queries["GRAD_MASK"] = "store" if full else "sums" if grad_mask.shape[2] == 1 else "add"
+    for_keys["TMA"] = described(architecture, given, "query", "grad_output")
+    for_queries["TMA"] = described(architecture, given, "key", "value")
     sequences = sequences_of(query, options)
     return [
         Launch(
             grad_key_value_kernel, options["max_seqlen_k"], "BLOCK_N", sequences * key.shape[1], for_keys,
-            tiles("grad_key_value", for_keys),
+            tiles("grad_key_value", for_keys), {"query": "BLOCK_M BLOCK_D", "grad_output": "BLOCK_M BLOCK_E"},
         ),
         Launch(
             grad_query_kernel, options["max_seqlen_q"], "BLOCK_M", sequences * query.shape[1], for_queries,
-            tiles("grad_query", for_queries), again=for_queries["GRAD_MASK"] in ("none", "store"),
+            tiles("grad_query", for_queries), {"key": "BLOCK_N BLOCK_D", "value": "BLOCK_N BLOCK_E"}, again=for_queries["GRAD_MASK"] in ("none", "store"),
         ),
     ]  # fmt: skip
 
@@ -276,6 +285,22 @@ def alignment(*tensors: Tensor) -> int:
     """How many elements of 16 bytes in all begin the rows at multiples of: 1 where some row does not."""
     step = 16 // tensors[0].element_size()
     return step if all(t.shape[d] == 1 or t.stride(d) % step == 0 for t in tensors for d in range(3)) else 1
+
+
+def architecture_of(tensor: Tensor) -> int:
+    """90 for GPUs that load blocks by tensor descriptors (the tensor memory accelerator), 80 for others."""
+    return 90 if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0) else 80
+
+
+def described(architecture: int, arguments: dict[str, Any], *names: str) -> bool:
+    """Whether the tensors of these names are loaded by descriptors: for calls without masks and the like, where nothing
+    but the tensor's end ends a sequence, and rows that begin at multiples of 16 bytes."""
+    tensors = [arguments[name] for name in names]
+    plain = arguments["SPLIT"] and arguments["cu_query"] is None and arguments["key_lengths"] is None
+    aligned = alignment(*tensors) > 1 and all(
+        (t.is_meta or t.data_ptr() % 16 == 0) and all(t.stride(d) or t.shape[d] == 1 for d in range(3)) for t in tensors
+    )
+    return architecture >= 90 and plain and aligned and tensors[0].dtype != torch.float32
 
 
 def common(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +350,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def launches(kind: dict[str, Any], head_dim: int, dtype: torch.dtype, length: int = 1000) -> dict[str, Launch]:
+def launches(
+    kind: dict[str, Any], head_dim: int, dtype: torch.dtype, architecture: int, length: int = 1000
+) -> dict[str, Launch]:
     """The launches of a kind of call, by kernel, on tensors without memory."""
     batch, heads, groups = 2, 8, kind.get("groups", 1)
 
@@ -347,28 +374,28 @@ def launches(kind: dict[str, Any], head_dim: int, dtype: torch.dtype, length: in
         options[name] = value
     grad_mask = empty(1, heads, length, length, dtype=torch.float32) if kind.get("needs_grad_mask") else None
     for_keys, for_queries = backward_launches(
-        output, query, key, key, logsumexp, logsumexp, options, query, key, key, grad_mask
+        output, query, key, key, logsumexp, logsumexp, options, query, key, key, grad_mask, architecture
     )
     return {
-        "forward": forward_launch(query, key, key, output, logsumexp, options),
+        "forward": forward_launch(query, key, key, output, logsumexp, options, architecture),
         "delta": delta_launch(output, output, logsumexp, options),
         "grad_key_value": for_keys, "grad_query": for_queries,
     }  # fmt: skip
 
 
 def static_configurations() -> list[StaticConfiguration]:
+    """Each kernel for each dtype, padded head_dim, kind of call and tile; on sm_90 also with tensor descriptors."""
     found = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for head_dim in (32, 64, 128, 256):
-            for kind in KINDS:
-                for kernel, launch in launches(KINDS[kind], head_dim, dtype).items():
-                    if kernel == "delta" and kind != "full":
+            for kind, tma in ((kind, tma) for kind in KINDS for tma in (False, True)):
+                for kernel, launch in launches(KINDS[kind], head_dim, dtype, 90 if tma else 80).items():
+                    if launch.arguments.get("TMA", False) != tma or (kernel == "delta" and kind != "full"):
                         continue
                     for number, configuration in enumerate(launch.configurations):
-                        found.append(
-                            launch.described(
-                                f"attention {kernel} {name} d{head_dim} {kind} {number}", configuration,
-                                matrix_instructions=dtype != torch.float32 and kernel != "delta",
-                            )
-                        )  # fmt: skip
+                        title = f"attention {kernel} {name} d{head_dim} {kind}{' TMA' if tma else ''} {number}"
+                        described = launch.described(title, configuration, dtype != torch.float32 and kernel != "delta")
+                        quick = dtype == torch.bfloat16 and head_dim in (64, 256) and kind in ("causal", "everything")
+                        quick = quick or (dtype == torch.float32 and head_dim == 128 and kind == "everything")
+                        found.append(replace(described, architectures=(90,) if tma else (80, 90), quick=quick))
     return found

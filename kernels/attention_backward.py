@@ -14,6 +14,7 @@ from lmengine.kernels.attention_blocks import (
     extras_of,
     kept_by_dropout,
     key_blocks_of,
+    load_block,
     load_rows,
     offset_of,
     one_of,
@@ -58,17 +59,17 @@ def load_shifts(logsumexp, places, there):
 
 @triton.jit
 def add_queries(
-    block, first, for_key, for_value, k, v, query, grad_output, logsumexp, delta, query_row, grad_row, limits, masking,
-    scoring, dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr,
-    FULL: tl.constexpr,
+    block, first, batch, head, for_key, for_value, k, v, query, grad_output, logsumexp, delta, query_row, grad_row,
+    limits, masking, scoring, dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries into the gradients of the keys and values from `first` on."""
     begin = block * BLOCK_M
     count = limits[0] - begin
     rows = begin + tl.arange(0, BLOCK_M)
     there = rows < limits[0]
-    q = load_rows(query + begin.to(tl.int64) * query_row, query_row, count, BLOCK_M, HEAD_DIM, BLOCK_D, ALIGN, FULL)
+    q = load_block(query, query_row, batch, head, begin, count, BLOCK_M, HEAD_DIM, BLOCK_D, ALIGN, FULL, TMA)
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
     shift = load_shifts(logsumexp, rows, there) * BEFORE
     slack = 1.0
@@ -79,8 +80,7 @@ def add_queries(
         j = (first + tl.arange(0, BLOCK_N))[:, None]
         scores, slack = scores_of(scores, i, j, limits, masking, scoring, BEFORE)
         weights = tl.where(sees(i, j, limits, masking), weights_of(scores, shift[None, :], AFTER), 0.0)
-    grad_begin = grad_output + begin.to(tl.int64) * grad_row
-    grad = load_rows(grad_begin, grad_row, count, BLOCK_M, VALUE_DIM, BLOCK_E, ALIGN, FULL)
+    grad = load_block(grad_output, grad_row, batch, head, begin, count, BLOCK_M, VALUE_DIM, BLOCK_E, ALIGN, FULL, TMA)
     grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
     minus = tl.load(delta + rows, there, other=0.0)
     if dropping[0] is not None:
@@ -105,11 +105,12 @@ def grad_key_value_kernel(
     heads, groups, query_length, key_length, query_rows, left, right, scale, softcap, threshold, dropout_factor,
     BOTTOM_RIGHT: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """grad_key (B, M, K, D) and grad_value (B, M, K, E): a program has BLOCK_N keys of a head of keys, and goes through
-    all heads of queries that use them."""
-    before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
-    after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
+    all heads of queries that use them. With TMA query and grad_output are tensor descriptors."""
+    before: tl.constexpr = 1.0 if key.dtype.element_ty == tl.float32 else LOG2_E
+    after: tl.constexpr = LOG2_E if key.dtype.element_ty == tl.float32 else 1.0
     block, batch, key_head_index = place_of(key_length, heads // groups, BLOCK_N, False)
     first = block * BLOCK_N
     query_begin, key_begin, query_length, stored, key_length, offset, prefix = sequence_of(
@@ -133,21 +134,24 @@ def grad_key_value_kernel(
             batch, head, heads, mask, mask_batch, mask_head, mask_row, mask_column, alibi_slopes, slopes_batch, scale,
             softcap, seed, threshold, dropout_factor,
         )  # fmt: skip
-        queries = query + offset_of(batch, query_batch, head, query_head, query_begin, query_row, ALIGN)
-        grads = grad_output + offset_of(batch, grad_batch, head, grad_head, query_begin, grad_row, ALIGN)
+        queries = query
+        grads = grad_output
+        if not TMA:
+            queries += offset_of(batch, query_batch, head, query_head, query_begin, query_row, ALIGN)
+            grads += offset_of(batch, grad_batch, head, grad_head, query_begin, grad_row, ALIGN)
         singles = singles_of(batch, head, heads, query_rows, cu_query) + query_begin
         if SPLIT:
             for m in range(full_begin, full_end):
                 for_key, for_value = add_queries(
-                    m, first, for_key, for_value, k, v, queries, grads, logsumexp + singles, delta + singles, query_row,
-                    grad_row, limits, masking, scoring, dropping, before, after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N,
-                    BLOCK_D, BLOCK_E, ALIGN, True,
+                    m, first, batch, head, for_key, for_value, k, v, queries, grads, logsumexp + singles,
+                    delta + singles, query_row, grad_row, limits, masking, scoring, dropping, before, after, HEAD_DIM,
+                    VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, True,
                 )  # fmt: skip
         for m in range(0, full_begin - begin + end - full_end):
             for_key, for_value = add_queries(
-                one_of(m, begin, full_begin, full_end), first, for_key, for_value, k, v, queries, grads,
+                one_of(m, begin, full_begin, full_end), first, batch, head, for_key, for_value, k, v, queries, grads,
                 logsumexp + singles, delta + singles, query_row, grad_row, limits, masking, scoring, dropping, before,
-                after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, False,
+                after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, False,
             )  # fmt: skip
     # keys behind key_length are padding: 0
     there = (tl.arange(0, BLOCK_N) < count)[:, None]
@@ -164,16 +168,16 @@ def grad_key_value_kernel(
 
 @triton.jit
 def add_key_gradients(
-    block, first, sums, q, grad, shift, minus, key, value, key_row, value_row, limits, masking, scoring, dropping,
-    grad_mask, grad_mask_row, grad_mask_column, GRAD_MASK: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, FULL: tl.constexpr,
+    block, first, batch, head, sums, q, grad, shift, minus, key, value, key_row, value_row, limits, masking, scoring,
+    dropping, grad_mask, grad_mask_row, grad_mask_column, GRAD_MASK: tl.constexpr, BEFORE: tl.constexpr,
+    AFTER: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the gradients of the queries from `first` on, and of the mask."""
     begin = block * BLOCK_N
     count = limits[1] - begin
-    k = load_rows(key + begin.to(tl.int64) * key_row, key_row, count, BLOCK_N, HEAD_DIM, BLOCK_D, ALIGN, FULL)
-    v = load_rows(value + begin.to(tl.int64) * value_row, value_row, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, FULL)
+    k = load_block(key, key_row, batch, head, begin, count, BLOCK_N, HEAD_DIM, BLOCK_D, ALIGN, FULL, TMA)
+    v = load_block(value, value_row, batch, head, begin, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, FULL, TMA)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     slack = 1.0
     i = first + tl.arange(0, BLOCK_M)
@@ -213,10 +217,10 @@ def grad_query_kernel(
     heads, groups, query_length, key_length, query_rows, left, right, scale, softcap, threshold, dropout_factor,
     GRAD_MASK: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """grad_query (B, N, Q, D), and grad_mask, which holds zeros: GRAD_MASK is "none", "store", "add" where it broadcasts,
-    or "sums" where it has one row for all queries."""
+    or "sums" where it has one row for all queries. With TMA key and value are tensor descriptors."""
     before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
     after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
     block, batch, head = place_of(query_length, heads, BLOCK_M, right is not None)
@@ -237,8 +241,9 @@ def grad_query_kernel(
     rows = query_begin + first
     query += offset_of(batch, query_batch, head, query_head, rows, query_row, ALIGN)
     grad_output += offset_of(batch, grad_batch, head, grad_head, rows, grad_row, ALIGN)
-    key += offset_of(batch, key_batch, head // groups, key_head, key_begin, key_row, ALIGN)
-    value += offset_of(batch, value_batch, head // groups, value_head, key_begin, value_row, ALIGN)
+    if not TMA:
+        key += offset_of(batch, key_batch, head // groups, key_head, key_begin, key_row, ALIGN)
+        value += offset_of(batch, value_batch, head // groups, value_head, key_begin, value_row, ALIGN)
     q = load_rows(query, query_row, count, BLOCK_M, HEAD_DIM, BLOCK_D, ALIGN, False)
     grad = load_rows(grad_output, grad_row, count, BLOCK_M, VALUE_DIM, BLOCK_E, ALIGN, False)
     singles = singles_of(batch, head, heads, query_rows, cu_query) + rows
@@ -250,17 +255,18 @@ def grad_query_kernel(
     if SPLIT:
         for n in range(0, whole + full_end - full_begin):
             sums = add_key_gradients(
-                tl.where(n < whole, n, full_begin + n - whole), first, sums, q, grad, shift, minus, key, value, key_row,
-                value_row, limits, masking, scoring, dropping, grad_mask, grad_mask_row, grad_mask_column, GRAD_MASK,
-                before, after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, True,
+                tl.where(n < whole, n, full_begin + n - whole), first, batch, head // groups, sums, q, grad, shift,
+                minus, key, value, key_row, value_row, limits, masking, scoring, dropping, grad_mask, grad_mask_row,
+                grad_mask_column, GRAD_MASK, before, after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+                ALIGN, TMA, True,
             )  # fmt: skip
     partly -= whole
     for n in range(0, partly + full_begin - begin + end - full_end):
         sums = add_key_gradients(
-            tl.where(n < partly, whole + n, one_of(n - partly, begin, full_begin, full_end)), first, sums, q, grad,
-            shift, minus, key, value, key_row, value_row, limits, masking, scoring, dropping, grad_mask, grad_mask_row,
-            grad_mask_column, GRAD_MASK, before, after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN,
-            False,
+            tl.where(n < partly, whole + n, one_of(n - partly, begin, full_begin, full_end)), first, batch,
+            head // groups, sums, q, grad, shift, minus, key, value, key_row, value_row, limits, masking, scoring,
+            dropping, grad_mask, grad_mask_row, grad_mask_column, GRAD_MASK, before, after, HEAD_DIM, VALUE_DIM,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, False,
         )  # fmt: skip
     grad_query += offset_of(batch, grad_query_batch, head, grad_query_head, rows, grad_query_row, ALIGN)
     store_rows(grad_query, grad_query_row, count, sums * scale, BLOCK_M, HEAD_DIM, BLOCK_D, ALIGN)

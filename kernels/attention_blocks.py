@@ -274,6 +274,17 @@ def load_rows(pointer, stride, count, COUNT: tl.constexpr, DIM: tl.constexpr, BL
 
 
 @triton.jit
+def load_block(source, stride, batch, head, begin, count, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+               ALIGN: tl.constexpr, ALL: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Rows [begin, begin + COUNT) of a head as load_rows gives them; with TMA from a descriptor of the whole tensor,
+    otherwise from the pointer to the head's row 0."""
+    if TMA:
+        return source.load([batch.to(tl.int32), head.to(tl.int32), begin, 0]).reshape([COUNT, BLOCK])
+    else:
+        return load_rows(source + begin.to(tl.int64) * stride, stride, count, COUNT, DIM, BLOCK, ALIGN, ALL)
+
+
+@triton.jit
 def store_rows(pointer, stride, count, values, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
                ALIGN: tl.constexpr):  # fmt: skip
     there = (tl.arange(0, COUNT) < count)[:, None]

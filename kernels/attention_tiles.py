@@ -8,25 +8,46 @@ import torch
 import triton
 
 # By kernel and the wider of the two head_dims, rounded up to a power of two: (BLOCK_M, BLOCK_N, num_warps, num_stages).
-# Where there are several, the fastest is measured at the first call.
+# Where there are several, the fastest is measured at the first call. All are free of spills, and without TMA they keep to
+# the 99 KB of shared memory that sm_86 and sm_89 have.
 PLAIN = {
     "forward": {
         32: [(128, 64, 4, 3)],
-        64: [(128, 64, 4, 3)],
-        128: [(128, 64, 8, 2)],
-        256: [(64, 32, 4, 2)],
+        64: [(128, 64, 4, 3), (128, 64, 8, 3)],
+        128: [(64, 64, 4, 2), (128, 32, 8, 3)],
+        256: [(64, 32, 8, 2)],
     },
     "grad_key_value": {
         32: [(64, 64, 4, 2)],
-        64: [(32, 64, 4, 2)],
-        128: [(32, 64, 8, 2)],
-        256: [(16, 32, 8, 1)],
+        64: [(32, 64, 4, 2), (64, 64, 4, 2)],
+        128: [(64, 64, 8, 2), (32, 64, 8, 2)],
+        256: [(32, 32, 8, 1)],
     },
     "grad_query": {
         32: [(64, 64, 4, 2)],
-        64: [(64, 64, 4, 2)],
-        128: [(64, 32, 4, 2)],
+        64: [(128, 64, 8, 2), (64, 32, 4, 2)],
+        128: [(64, 64, 8, 2), (64, 32, 4, 2)],
         256: [(32, 32, 4, 1)],
+    },
+}
+TMA = {  # sm_90 and later
+    "forward": {
+        32: [(128, 64, 4, 3)],
+        64: [(128, 128, 8, 3), (128, 64, 4, 3)],
+        128: [(128, 128, 8, 2), (128, 64, 8, 3)],
+        256: [(128, 64, 8, 2)],
+    },
+    "grad_key_value": {
+        32: [(64, 64, 4, 2)],
+        64: [(64, 128, 8, 2), (64, 64, 4, 2)],
+        128: [(64, 128, 8, 2), (64, 64, 8, 2)],
+        256: [(32, 32, 8, 2)],
+    },
+    "grad_query": {
+        32: [(128, 64, 8, 2)],
+        64: [(128, 64, 8, 2), (64, 64, 4, 2)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 2)],
+        256: [(64, 32, 8, 2)],
     },
 }
 GENERAL = {  # masks, ALiBi, soft-capping and dropout take registers
@@ -51,7 +72,7 @@ def tiles(kernel: str, arguments: dict[str, Any]) -> list[dict[str, int]]:
     if arguments["query"].dtype == torch.float32:
         found = [SINGLE[kernel][widest]]
     elif arguments["SPLIT"]:
-        found = PLAIN[kernel][widest]
+        found = (TMA if arguments["TMA"] else PLAIN)[kernel][widest]
     else:
         found = [GENERAL[kernel][widest]]
     return [

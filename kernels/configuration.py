@@ -19,6 +19,8 @@ class StaticConfiguration:
         divisible_by_16: names of the arguments (pointers and integers) that the launcher's specialisation finds
             divisible by 16; pointers always are.
         matrix_instructions: whether the kernel must use tensor cores (HMMA on sm_80, HMMA or HGMMA on sm_90).
+        architectures: those that it may be launched on.
+        quick: whether the quick tests compile it; the slow ones compile all.
     """
 
     name: str
@@ -29,3 +31,5 @@ class StaticConfiguration:
     num_stages: int = 2
     divisible_by_16: frozenset[str] = field(default_factory=frozenset)
     matrix_instructions: bool = False
+    architectures: tuple[int, ...] = (80, 90)
+    quick: bool = True

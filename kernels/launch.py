@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from lmengine.kernels.configuration import StaticConfiguration
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32",
@@ -28,6 +29,8 @@ class Launch:
         arguments: all but those of the configurations, by name; None for what the call lacks.
         configurations: tile sizes, num_warps and num_stages, by name. The first is taken where there is no time to
             try them: in the interpreter, in a graph capture, and for a kernel that adds to memory.
+        descriptors: where arguments has TMA, the arguments of four dimensions that become tensor descriptors, and the
+            constexprs that are the rows and columns of their blocks.
         again: whether the kernel may run twice with the same result.
     """
 
@@ -37,6 +40,7 @@ class Launch:
     copies: int
     arguments: dict[str, Any]
     configurations: Sequence[dict[str, Any]]
+    descriptors: dict[str, str]
     again: bool = True
 
     def run(self) -> None:
@@ -45,7 +49,17 @@ class Launch:
 
     def run_with(self, configuration: dict[str, Any]) -> None:
         grid = triton.cdiv(self.length, configuration[self.block]) * self.copies
-        self.kernel[(grid,)](**self.arguments, **configuration)
+        self.kernel[(grid,)](**self.arguments | self.described_tensors(configuration), **configuration)
+
+    def described_tensors(self, configuration: dict[str, Any]) -> dict[str, TensorDescriptor]:
+        found = {}
+        if self.arguments.get("TMA"):
+            for name, sizes in self.descriptors.items():
+                tensor, block = self.arguments[name], [1, 1, *(configuration[size] for size in sizes.split())]
+                # the stride of a dimension of size 1 is any multiple of 16 bytes
+                strides = [tensor.stride(d) if tensor.shape[d] > 1 else 16 for d in range(3)]
+                found[name] = TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
+        return found
 
     def configuration(self) -> dict[str, Any]:
         """The fastest configuration, measured at the first call of a kind; the batch is not part of the kind."""
@@ -66,11 +80,15 @@ class Launch:
         """As Triton would compile it for these arguments; tensors may be on the device "meta"."""
         parameters = {parameter.name: parameter for parameter in self.kernel.params}
         constants = {n: v for n, v in configuration.items() if n in parameters}
+        descriptors = self.described_tensors(configuration)
         signature, divisible = {}, set()
         for argument, value in self.arguments.items():
             parameter = parameters[argument]
             specialised = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
+            if argument in descriptors:
+                block = ",".join(map(str, descriptors[argument].block_shape))
+                signature[argument] = f"tensordesc<{TYPES[value.dtype]}[{block}]>"
+            elif parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
                 constants[argument] = value
             elif isinstance(value, torch.Tensor):
                 signature[argument] = f"*{TYPES[value.dtype]}"

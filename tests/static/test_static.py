@@ -12,10 +12,14 @@ import pytest
 from bench import static
 
 CONFIGURATIONS = [
-    (family, configuration.name)
+    pytest.param(
+        family, configuration.name, architecture, configuration.quick,
+        marks=() if configuration.quick else pytest.mark.slow, id=f"{configuration.name} sm_{architecture}",
+    )
     for family in static.triton_families()
     for configuration in static.configurations(family)
-]
+    for architecture in configuration.architectures
+]  # fmt: skip
 FAULTS = """
 import json
 from dataclasses import asdict
@@ -25,10 +29,9 @@ print(json.dumps([asdict(compile_offline("faults", c, a)) for c in static_config
 """
 
 
-@pytest.mark.parametrize("architecture", static.ARCHITECTURES)
-@pytest.mark.parametrize(("family", "name"), CONFIGURATIONS)
-def test_triton_kernel(family, name, architecture):
-    found = [r for r in static.triton_readings(family) if (r.kernel, r.architecture) == (name, architecture)]
+@pytest.mark.parametrize(("family", "name", "architecture", "quick"), CONFIGURATIONS)
+def test_triton_kernel(family, name, architecture, quick):
+    found = [r for r in static.triton_readings(family, quick) if (r.kernel, r.architecture) == (name, architecture)]
     assert len(found) == 1, f"the names of {family}'s configurations must differ: {name!r}"
     assert found[0].broken_limits() == []
 
@@ -74,7 +77,7 @@ def test_limits_are_watched(name, report):
 
 def test_table_shows_every_reading():
     readings = [static.Reading("f", "triton", "f forward", 80, registers=64, shared=8192, hmma=16)]
-    assert " ".join(static.table(readings).splitlines()[1].split()) == "triton f forward sm_80 64 8192 0 16 0"
+    assert " ".join(static.table(readings).splitlines()[1].split()) == "triton f forward sm_80 64 8192 0 16 0 0"
 
 
 def test_unknown_family_is_refused(capsys):
