@@ -281,6 +281,66 @@ def test_a_batch_is_its_members_one_by_one(backend):
     assert torch.equal(together, torch.cat(alone))
 
 
+TRITON = [parameter for parameter in BACKENDS if parameter.values[0] == "triton"]
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        ("full", (130, 70, 4, 32, 32)),
+        ("causal", (70, 130, 2, 64, 40)),
+        ("window", (99, 130, 1, 24, 32)),
+        ("prefix", (130, 131, 4, 40, 16)),
+    ],
+)
+def test_tensor_descriptors(backend, case, shape, monkeypatch):
+    """What sm_90 loads by descriptors, also where a head_dim is no power of two and a block passes the tensor's end."""
+    from lmengine.kernels import attention as kernels
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(kernels, "architecture_of", lambda tensor: 90)
+    elif kernels.architecture_of(torch.empty(0, device="cuda")) < 90:
+        pytest.skip("this GPU has no tensor descriptors")
+    used, run = [], kernels.Launch.run
+    monkeypatch.setattr(
+        kernels.Launch, "run", lambda launch: (used.append(launch.arguments.get("TMA", True)), run(launch))
+    )
+    tensors = inputs(*shape, torch.float16, device_of(backend))
+    check_right(tensors, {} if case == "full" else OPTIONS[case](*shape[:2]), backend)
+    assert len(used) == 4 and all(used)
+    used.clear()
+    key = torch.randn(1, 1, shape[1], shape[3], dtype=torch.float16).expand(2, shape[2], -1, -1)
+    check_right([tensors[0], key.to(tensors[0].device).requires_grad_(), tensors[2]], {}, backend)
+    assert not used[0]  # a stride of 0 is none that a descriptor may have
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_a_deterministic_gradient_of_a_mask_that_broadcasts(backend):
+    tensors = inputs(*SHAPES[1], torch.float32, device_of(backend))
+    for case in ("additive mask, one for all", "additive mask of keys"):
+        check_or_refused(backend, tensors, OPTIONS[case](*SHAPES[1][:2]) | {"deterministic": True})
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"is_causal": True, "prefix_lengths": integers(70, 0)},
+        {"window_size": (3, 80), "prefix_lengths": integers(64, 130), "bottom_right": True},
+        {"window_size": (70, 0), "key_lengths": integers(200, 128)},
+        {"window_size": (0, 150)},
+    ],
+    ids=str,
+)
+def test_several_blocks(backend, options):
+    """Whole blocks and partly visible ones, with a gap between the prefix and the window."""
+    for queries, keys in ((200, 260), (260, 200)):
+        tensors = inputs(queries, keys, 4, 32, 32, torch.float16, device_of(backend))
+        check_or_refused(backend, tensors, options)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_double_backward(backend):
     """The second derivative comes from the reference, the first from the kernels."""
