@@ -19,6 +19,7 @@ from lmengine.kernels.attention_blocks import (
     kept_by_dropout,
     key_blocks_of,
     load_block,
+    load_mask,
     load_rows,
     offset_of,
     one_of,
@@ -53,10 +54,11 @@ def add_keys(
     if FULL:
         scores = scores * (scoring[0] * BEFORE)
     else:
-        i = (first + tl.arange(0, BLOCK_M))[:, None]
-        j = (begin + tl.arange(0, BLOCK_N))[None, :]
-        scores, _ = scores_of(scores, i, j, limits, masking, scoring, BEFORE)
-        scores = tl.where(sees(i, j, limits, masking), scores, float("-inf"))
+        i = tl.arange(0, BLOCK_M)[:, None]
+        j = tl.arange(0, BLOCK_N)[None, :]
+        marks = load_mask(i, j, first, begin, limits, masking)
+        scores, _ = scores_of(scores, first + i, begin + j, marks, limits, masking, scoring, BEFORE)
+        scores = tl.where(sees(first + i, begin + j, marks, limits, masking), scores, float("-inf"))
     now = tl.maximum(largest, tl.max(scores, 1))
     shift = tl.where(now == float("-inf"), 0.0, now)
     weights = weights_of(scores, shift[:, None], AFTER)
@@ -274,6 +276,15 @@ def strides(packed: bool, **tensors: Tensor) -> dict[str, int]:
     return found
 
 
+def with_near_rows(mask: Tensor) -> Tensor:
+    """A mask so small between its rows and columns that a block's offsets have 32 bits."""
+    if max(mask.stride(2), mask.stride(3)) >= 2**23:
+        mask = mask.contiguous()
+    if mask.stride(2) >= 2**23:
+        raise ValueError(f"mask: expected fewer than 2^23 keys in the Triton kernels, got {mask.shape[3]}")
+    return mask
+
+
 def mask_strides(name: str, mask: Tensor | None) -> dict[str, int | None]:
     names = [f"{name}_{dimension}" for dimension in ("batch", "head", "row", "column")]
     if mask is None:
@@ -310,8 +321,8 @@ def common(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -
         None if side < 0 else min(side, sum(lengths)) for side in (options["window_left"], options["window_right"])
     )
     mask, slopes, dropout_p = options["mask"], options["alibi_slopes"], options["dropout_p"]
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
+    if mask is not None:
+        mask = with_near_rows(mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
     found = {
         "mask": mask, **mask_strides("mask", mask), "alibi_slopes": slopes,
         "slopes_batch": None if slopes is None else slopes.stride(0) if slopes.shape[0] > 1 else 0,

@@ -15,6 +15,7 @@ from lmengine.kernels.attention_blocks import (
     kept_by_dropout,
     key_blocks_of,
     load_block,
+    load_mask,
     load_rows,
     offset_of,
     one_of,
@@ -76,10 +77,12 @@ def add_queries(
     if FULL:
         weights = weights_of(scores * (scoring[0] * BEFORE), shift[None, :], AFTER)
     else:
-        i = rows[None, :]
-        j = (first + tl.arange(0, BLOCK_N))[:, None]
-        scores, slack = scores_of(scores, i, j, limits, masking, scoring, BEFORE)
-        weights = tl.where(sees(i, j, limits, masking), weights_of(scores, shift[None, :], AFTER), 0.0)
+        i = tl.arange(0, BLOCK_M)[None, :]
+        j = tl.arange(0, BLOCK_N)[:, None]
+        marks = load_mask(i, j, begin, first, limits, masking)
+        scores, slack = scores_of(scores, begin + i, first + j, marks, limits, masking, scoring, BEFORE)
+        seen = sees(begin + i, first + j, marks, limits, masking)
+        weights = tl.where(seen, weights_of(scores, shift[None, :], AFTER), 0.0)
     grad = load_block(grad_output, grad_row, batch, head, begin, count, BLOCK_M, VALUE_DIM, BLOCK_E, ALIGN, FULL, TMA)
     grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
     minus = tl.load(delta + rows, there, other=0.0)
@@ -180,25 +183,28 @@ def add_key_gradients(
     v = load_block(value, value_row, batch, head, begin, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, FULL, TMA)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     slack = 1.0
-    i = first + tl.arange(0, BLOCK_M)
-    j = begin + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK_M)[:, None]
+    j = tl.arange(0, BLOCK_N)[None, :]
     if FULL:
         weights = weights_of(scores * (scoring[0] * BEFORE), shift[:, None], AFTER)
     else:
-        scores, slack = scores_of(scores, i[:, None], j[None, :], limits, masking, scoring, BEFORE)
-        seen = sees(i[:, None], j[None, :], limits, masking)
+        marks = load_mask(i, j, first, begin, limits, masking)
+        scores, slack = scores_of(scores, first + i, begin + j, marks, limits, masking, scoring, BEFORE)
+        seen = sees(first + i, begin + j, marks, limits, masking)
         weights = tl.where(seen, weights_of(scores, shift[:, None], AFTER), 0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
     if dropping[0] is not None:
         kept = kept_by_dropout(first, begin, dropping, BLOCK_M, BLOCK_N)
         grad_weights = tl.where(kept, grad_weights * dropping[3], 0.0)
     grad_scores = weights * (grad_weights - minus[:, None])
+    if GRAD_MASK != "none":
+        grad_mask += first.to(tl.int64) * grad_mask_row + begin.to(tl.int64) * grad_mask_column
     if GRAD_MASK == "sums":  # of a mask that is the same for all queries
-        tl.atomic_add(grad_mask + j.to(tl.int64) * grad_mask_column, tl.sum(grad_scores, 0), j < limits[1],
-                      sem="relaxed")  # fmt: skip
+        places = grad_mask + tl.arange(0, BLOCK_N) * grad_mask_column
+        tl.atomic_add(places, tl.sum(grad_scores, 0), tl.arange(0, BLOCK_N) < count, sem="relaxed")
     elif GRAD_MASK != "none":
-        there = (i < limits[0])[:, None] & (j < limits[1])[None, :]
-        places = grad_mask + i.to(tl.int64)[:, None] * grad_mask_row + j.to(tl.int64)[None, :] * grad_mask_column
+        there = (i < limits[0] - first) & (j < count)
+        places = grad_mask + (i * grad_mask_row + j * grad_mask_column)
         if GRAD_MASK == "add":
             tl.atomic_add(places, grad_scores, there, sem="relaxed")
         else:

@@ -170,10 +170,21 @@ def one_of(i, begin, full_begin, full_end):
 
 
 @triton.jit
-def sees(i, j, limits, masking):
-    """Whether query i sees key j, for tensors that broadcast with each other."""
-    query_length, key_length, offset, prefix, prefix_lengths, left, right = limits
+def load_mask(i, j, first, begin, limits, masking):
+    """The mask of queries first + i and keys begin + j, tensors that broadcast with each other; 0 without a mask."""
     mask, mask_row, mask_column = masking
+    if mask is not None:
+        there = (i < limits[0] - first) & (j < limits[1] - begin)
+        mask += first.to(tl.int64) * mask_row + begin.to(tl.int64) * mask_column
+        return tl.load(mask + (i * mask_row + j * mask_column), there, other=0)
+    else:
+        return 0
+
+
+@triton.jit
+def sees(i, j, marks, limits, masking):
+    """Whether query i sees key j; `marks` are load_mask's."""
+    query_length, key_length, offset, prefix, prefix_lengths, left, right = limits
     seen = j < key_length
     if left is not None:
         seen = seen & (j - i - offset >= -left)
@@ -181,10 +192,9 @@ def sees(i, j, limits, masking):
         seen = seen & (j - i - offset <= right)
     if prefix_lengths is not None:
         seen = seen | (j < prefix)
-    if mask is not None:
-        if mask.dtype.element_ty == tl.uint8:
-            there = (i < query_length) & (j < key_length)
-            seen = seen & (tl.load(mask + i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column, there, other=0) != 0)
+    if masking[0] is not None:
+        if masking[0].dtype.element_ty == tl.uint8:
+            seen = seen & (marks != 0)
     return seen
 
 
@@ -202,10 +212,9 @@ def tanh(x):
 
 
 @triton.jit
-def scores_of(product, i, j, limits, masking, scoring, BEFORE: tl.constexpr):
+def scores_of(product, i, j, marks, limits, masking, scoring, BEFORE: tl.constexpr):
     """The scores of query key^T times BEFORE, and the derivative of the soft-capping, 1 without."""
     query_length, key_length, offset, prefix, prefix_lengths, left, right = limits
-    mask, mask_row, mask_column = masking
     scale, softcap, slope, alibi_slopes = scoring
     slack = 1.0
     if softcap is not None:
@@ -214,11 +223,9 @@ def scores_of(product, i, j, limits, masking, scoring, BEFORE: tl.constexpr):
         scores = bent * (softcap * BEFORE)
     else:
         scores = product * (scale * BEFORE)
-    if mask is not None:
-        if mask.dtype.element_ty != tl.uint8:
-            there = (i < query_length) & (j < key_length)
-            added = tl.load(mask + i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_column, there, other=0.0)
-            scores += added.to(tl.float32) * BEFORE
+    if masking[0] is not None:
+        if masking[0].dtype.element_ty != tl.uint8:
+            scores += marks.to(tl.float32) * BEFORE
     if alibi_slopes is not None:
         scores -= tl.abs(j - i - offset).to(tl.float32) * (slope * BEFORE)
     return scores, slack
