@@ -4,5 +4,22 @@ from lmengine.nn import functional
 from lmengine.nn.attention import MultiheadAttention
 from lmengine.nn.linear import Linear
 from lmengine.nn.recurrent import LSTM
+from lmengine.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["LSTM", "Linear", "MultiheadAttention", "functional"]
+__all__ = [
+    "LSTM",
+    "Linear",
+    "MultiheadAttention",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "functional",
+]

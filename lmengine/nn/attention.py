@@ -5,28 +5,32 @@ N: batch, L: query length, S: key length, E: embed_dim, H: heads, D: head_dim.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lmengine.nn.functional import scaled_dot_product_attention
+from lmengine.ops.attention import attention
 from lmengine.ops.matmul import linear
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on lmengine's kernels; takes its arguments, its state_dict and its inputs.
 
+    Two things differ from torch. A query that sees no key gives 0 and weights of 0, also with need_weights, where
+    torch gives NaN. With dropout and without need_weights the kernel draws which weights are dropped: as many, and the
+    same again from the same seed, but others than torch.
+
     Inside of a torch.nn.TransformerEncoderLayer it does the attention in training and in evaluation: a forward
     pre-hook that does nothing keeps that layer from its fused path, which would take the weights and never call here.
 
     Args:
-        embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as torch's.
-        dropout: may be above 0, but only evaluation is implemented then.
-        add_bias_kv, add_zero_attn: must be False; they are not implemented.
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
+            torch's.
 
     Raises:
-        NotImplementedError: an argument that is not implemented; the message names it.
         ValueError, AssertionError: as torch.nn.MultiheadAttention.
     """
 
@@ -44,21 +48,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, given in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
-            if given:
-                raise NotImplementedError(f"{name}: expected False (not implemented), got {given}")
         super().__init__(
-            embed_dim,
-            num_heads,
-            dropout=dropout,
-            bias=bias,
-            kdim=kdim,
-            vdim=vdim,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.register_forward_pre_hook(_no_fused_layer)
+        keep_from_fused_path(self)
 
     def forward(
         self,
@@ -77,33 +70,47 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query: (L, N, E), or (N, L, E) with batch_first, or (L, E).
             key: (S, N, kdim), or (N, S, kdim) with batch_first, or (S, kdim).
             value: (S, N, vdim), or (N, S, vdim) with batch_first, or (S, vdim).
-            key_padding_mask: not implemented, must be None.
+            key_padding_mask: (N, S), or (S,) where there is no batch: bool, True for a key that no query sees, or
+                floating, added to the scores.
             need_weights: return the weights as well. It is what torch's layer does by default, and costs the matrix of
                 all scores in time and memory: the kernel has none.
-            attn_mask: None or, together with is_causal, the causal mask: (L, S) or (N * H, L, S), bool or float.
+            attn_mask: (L, S) or (N * H, L, S): bool, True where the query does not see the key, or floating, added to
+                the scores.
             average_attn_weights: the weights' mean over the heads, not each head's.
-            is_causal: says, and is trusted to say, that attn_mask is the causal mask.
+            is_causal: says, and is trusted to say, that attn_mask is the causal mask, which is then not read unless
+                need_weights.
 
         Returns:
             attn_output, of the query's shape; and None or the weights, (N, L, S), or (N, H, L, S) without
-            average_attn_weights, less N where there is no batch.
+            average_attn_weights, less N where there is no batch. S counts a key of add_bias_kv and of add_zero_attn.
 
         Raises:
-            NotImplementedError: an argument that is not implemented; the message names it.
+            NotImplementedError: nested tensors.
             RuntimeError, AssertionError: as torch.nn.MultiheadAttention.
         """
-        self._check(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
-        batch_dim = 0 if self.batch_first or query.dim() == 2 else 1
+        added = (self.bias_k is not None) + self.add_zero_attn
+        hint = is_causal and not need_weights
+        if hint and key_padding_mask is not None:  # torch reads the mask then: it tells of the added keys, or learns
+            hint = not added and attn_mask is not None and not attn_mask.requires_grad
+        read_mask = None if hint else attn_mask
+        self._check(query, key, value, key_padding_mask, attn_mask, read_mask, is_causal)
+
         batched = query.dim() == 3
-        q, k, v = (heads.transpose(1, 2) for heads in self._project(query, key, value, batch_dim, batched))
+        batch_dim = 0 if self.batch_first or not batched else 1
+        q, k, v = self._project(query, key, value, batch_dim, batched)
+        if added:
+            k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (N, H, length, D)
+        mask = self._merged_mask(read_mask, key_padding_mask, q, added)
+        dropout_p = self.dropout if self.training else 0.0
 
         weights = None
         if need_weights:
-            attended, weights = self._attend_with_weights(q, k, v, attn_mask)  # (N, H, L, D), (N, H, L, S)
+            attended, weights = attend_with_weights(q, k, v, mask, dropout_p)  # (N, H, L, D), (N, H, L, S)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
-            attended = scaled_dot_product_attention(q, k, v, is_causal=is_causal)  # (N, H, L, D)
+            attended = attention(q, k, v, hint, mask=mask, dropout_p=dropout_p)  # (N, H, L, D)
         merged = attended.transpose(1, 2).flatten(2)  # (N, L, E)
         merged = merged.transpose(0, batch_dim) if batched else merged.squeeze(0)
         return linear(merged, self.out_proj.weight, self.out_proj.bias), weights
@@ -131,18 +138,34 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = (part.transpose(0, batch_dim) if batched else part.unsqueeze(0) for part in parts)
         return q, k, v
 
-    def _attend_with_weights(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The plain way, by the matrix of all scores."""
-        batch, heads = q.shape[:2]
-        q, k, v = (x.flatten(0, 1) for x in (q * self.head_dim**-0.5, k, v))
-        if attn_mask is None:
-            scores = q @ k.transpose(1, 2)  # (N * H, L, S)
-        else:
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -torch.inf)
-            scores = torch.baddbmm(attn_mask, q, k.transpose(1, 2))
-        weights = scores.softmax(-1)
-        return (weights @ v).unflatten(0, (batch, heads)), weights.unflatten(0, (batch, heads))
+    def _with_added_keys(self, heads: Tensor, bias: Tensor | None) -> Tensor:
+        """Keys or values (N, S, H, D), and behind them the learned one and the zero."""
+        one = (heads.shape[0], 1, *heads.shape[2:])
+        parts = [heads]
+        if bias is not None:
+            parts.append(bias.to(heads.dtype).view(1, *one[1:]).expand(one))
+        if self.add_zero_attn:
+            parts.append(heads.new_zeros(one))
+        return torch.cat(parts, 1)
+
+    def _merged_mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, added: int
+    ) -> Tensor | None:
+        """Both masks in one that broadcasts to (N, H, L, S): bool, True where the query sees the key, or added."""
+        batch, heads, length, _ = q.shape
+        masks = []
+        if attn_mask is not None:
+            masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.view(batch, heads, length, -1))
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask.view(batch, 1, 1, -1))
+        if not masks:
+            return None
+        if added:
+            masks = [F.pad(mask, (0, added)) for mask in masks]
+        if all(mask.dtype == torch.bool for mask in masks):
+            return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
+        masks = [additive(mask, q.dtype) for mask in masks]
+        return masks[0] if len(masks) == 1 else masks[0] + masks[1]
 
     def _check(
         self,
@@ -150,32 +173,35 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None,
-        need_weights: bool,
         attn_mask: Tensor | None,
+        read_mask: Tensor | None,
         is_causal: bool,
     ) -> None:
-        """Raise what torch's layer raises, in its words, then NotImplementedError for what is not implemented."""
+        """Raise what torch's layer raises, in its words."""
         if query.is_nested or key.is_nested or value.is_nested:
-            raise NotImplementedError("query, key, value: nested tensors are not implemented")
-        if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise AssertionError("only bool and floating types of attn_mask are supported")
-        self._check_dims(query, key, value, attn_mask)
+            raise NotImplementedError(
+                "query, key, value: nested tensors are not implemented (a torch.nn.TransformerEncoder makes them unless "
+                "it has enable_nested_tensor=False)"
+            )
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise AssertionError(f"only bool and floating types of {name} are supported")
+        if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+            warnings.warn(
+                "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
+                stacklevel=3,
+            )
+        self._check_dims(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
                 "`generate_square_subsequent_mask` to create this mask."
             )
-        self._check_shapes(query, key, value, attn_mask if need_weights else None)
-        if key_padding_mask is not None:
-            raise NotImplementedError("key_padding_mask: expected None (not implemented)")
-        if attn_mask is not None and not is_causal:
-            raise NotImplementedError(
-                "attn_mask: expected None, or the causal mask together with is_causal=True (others are not implemented)"
-            )
-        if self.training and self.dropout > 0:
-            raise NotImplementedError(f"dropout: expected 0 while training (not implemented), got {self.dropout}")
+        self._check_shapes(query, key, value, key_padding_mask, read_mask)
 
-    def _check_dims(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    def _check_dims(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
         dim = query.dim()
         if dim not in (2, 3):
             raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {dim}-D query tensor")
@@ -184,6 +210,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise AssertionError(
                 f"For {what} `query`, expected `key` and `value` to be {dim}-D"
                 f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
+            )
+        if key_padding_mask is not None and key_padding_mask.dim() != dim - 1:
+            raise AssertionError(
+                f"For {what} `query`, expected `key_padding_mask` to be `None` or {dim - 1}-D"
+                f" but found {key_padding_mask.dim()}-D tensor instead"
             )
         if attn_mask is not None and attn_mask.dim() not in (2, 3):
             raise AssertionError(
@@ -195,7 +226,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if attn_mask.shape != scores:
                 raise AssertionError(f"Expected `attn_mask` shape to be {scores} but got {attn_mask.shape}")
 
-    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    def _check_shapes(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> None:
         q, k, v = (self._length_first(x) for x in (query, key, value))
         if q[2] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {q[2]}")
@@ -218,6 +251,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise RuntimeError(
                     f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {scores}."
                 )
+        if key_padding_mask is not None:
+            shape = key_padding_mask.shape if key_padding_mask.dim() == 2 else (1, *key_padding_mask.shape)
+            for i, size in enumerate((q[1], k[0])):
+                if shape[i] != size:
+                    raise AssertionError(f"Expected key_padded_mask.shape[{i}] to be {size}, but got {shape[i]}")
 
     def _length_first(self, x: Tensor) -> torch.Size:
         """x's shape as (length, N, features)."""
@@ -226,5 +264,35 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return torch.Size((x.shape[1], x.shape[0], x.shape[2])) if self.batch_first else x.shape
 
 
-def _no_fused_layer(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A forward pre-hook; torch.nn.TransformerEncoderLayer calls each of its parts as soon as one has a hook."""
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to be added to scores of dtype: -infinity for True."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+    return mask
+
+
+def attend_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """The plain way, by the matrix of all scores: the output (N, H, L, D), and the weights (N, H, L, S) with dropout."""
+    batch, heads = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))
+    if mask is None:
+        weights = (q @ k.transpose(1, 2)).softmax(-1)  # (N * H, L, S)
+    else:
+        if mask.dtype == torch.bool:
+            mask = additive(~mask, q.dtype)
+        scores = torch.baddbmm(mask.expand(batch, heads, -1, -1).flatten(0, 1), q, k.transpose(1, 2))
+        hidden = (scores == -torch.inf).all(-1, keepdim=True)  # a query that sees no key
+        weights = scores.masked_fill_(hidden, 0).softmax(-1).masked_fill(hidden, 0)
+    weights = F.dropout(weights, dropout_p)
+    return (weights @ v).unflatten(0, (batch, heads)), weights.unflatten(0, (batch, heads))
+
+
+def keep_from_fused_path(layer: torch.nn.MultiheadAttention) -> None:
+    """Have a torch.nn.TransformerEncoderLayer call each of its parts, as it does as soon as one of them has a hook."""
+    layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    pass

@@ -240,16 +240,6 @@ def test_compile_without_graph_breaks(backend, compiler, dynamic):
                 torch.testing.assert_close(ours, eager)
 
 
-def test_other_ranks_and_the_unsupported_arguments_of_the_function():
-    query, key, value = (torch.randn(4, 6, 16) for _ in range(3))
-    torch.testing.assert_close(
-        scaled_dot_product_attention(query, key, value), F.scaled_dot_product_attention(query, key, value)
-    )
-    for argument in ({"attn_mask": torch.ones(6, 6)}, {"dropout_p": 0.1}, {"enable_gqa": True}):
-        with pytest.raises(NotImplementedError, match=next(iter(argument))):
-            scaled_dot_product_attention(query, key, value, **argument)
-
-
 def test_wrong_arguments_are_named():
     query = torch.randn(2, 3, 4, 16)
     with pytest.raises(ValueError, match=r"key: expected \(2, 3, 4, 16\), got \(2, 3, 4, 8\)"):

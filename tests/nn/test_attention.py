@@ -3,7 +3,9 @@
 import copy
 import inspect
 import io
+import itertools
 import pickle
+import random
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ CONFIGURATIONS = [
     {"bias": False, "batch_first": True},
     {"kdim": 24, "vdim": 40},
     {"kdim": 24, "bias": False, "batch_first": True},
+    {"add_bias_kv": True},
+    {"add_zero_attn": True, "batch_first": True},
+    {"add_bias_kv": True, "add_zero_attn": True, "vdim": 40, "bias": False},
 ]
 
 
@@ -51,13 +56,38 @@ def make_inputs(layer, queries, keys, batch=5, dtype=torch.float32):
     return [normal(queries, E), normal(keys, layer.kdim), normal(keys, layer.vdim)]
 
 
+def padding(length, batch=5):
+    """A mask that hides what lies behind the end of each sequence, one of which fills the length."""
+    lengths = torch.randint(1, length + 1, (batch,))
+    lengths[-1] = length
+    return torch.arange(length) >= lengths[:, None]
+
+
+def hidden(*shape):
+    """A mask that hides a third of the keys, but never the first."""
+    mask = torch.rand(shape) < 1 / 3
+    mask[..., 0] = False
+    return mask
+
+
+def as_dtype(mask, dtype):
+    """A mask of a floating dtype that hides what the bool mask hides and adds random numbers to the other scores."""
+    return mask if dtype == torch.bool else torch.randn(mask.shape).masked_fill(mask, -torch.inf).to(dtype)
+
+
 def results(layer, inputs, grads, **kwargs):
-    """Output, weights if there are any, and the gradients of all inputs and parameters."""
+    """Output, weights if there are any, and the gradients of all inputs, parameters and masks that require one."""
     leaves = [x.detach().requires_grad_() for x in inputs]
+    kwargs = {k: m.detach().requires_grad_() if requires_grad(m) else m for k, m in kwargs.items()}
     output, weights = layer(*(leaves * 3 if len(leaves) == 1 else leaves), **kwargs)
     outputs = [output] if weights is None else [output, weights]
-    gradients = torch.autograd.grad(outputs, [*leaves, *layer.parameters()], [g.to(output) for g in grads])
+    wanted = [*leaves, *layer.parameters(), *filter(requires_grad, kwargs.values())]
+    gradients = torch.autograd.grad(outputs, wanted, [g.to(output) for g in grads])
     return [*(x.detach() for x in outputs), *gradients]
+
+
+def requires_grad(argument):
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
 def compare(ours, theirs, inputs, **kwargs):
@@ -74,10 +104,8 @@ def compare(ours, theirs, inputs, **kwargs):
 
 
 def wide(kwargs):
-    mask = kwargs.get("attn_mask")
-    if mask is None or mask.dtype == torch.bool:
-        return kwargs
-    return {**kwargs, "attn_mask": mask.double()}
+    masks = {k: m for k, m in kwargs.items() if isinstance(m, torch.Tensor) and m.is_floating_point()}
+    return {**kwargs, **{k: m.detach().double().requires_grad_(m.requires_grad) for k, m in masks.items()}}
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
@@ -127,6 +155,152 @@ def test_self_attention(configuration, batch, mask, need_weights, dtype):
     compare(ours, theirs, make_inputs(ours, 27, None, batch, dtype), **kwargs)
 
 
+def grid():
+    """A random tenth of all ways to call a layer of 4 heads with 9 queries."""
+    calls = itertools.product(
+        CONFIGURATIONS, ["batched", "unbatched"], ["output", "mean weights", "weights"],
+        [None, torch.bool, torch.float32], [None, "2-D", "3-D", "causal", "causal hint"], [torch.bool, torch.float32],
+        [False, True],
+    )  # fmt: skip
+    # a gradient is that of an additive mask, and torch's warning of masks of two kinds is tested below
+    valid = [
+        (*call, grad)
+        for *call, grad in calls
+        if (call[4] or call[5] == torch.bool)
+        and (not grad or (torch.float32 in (call[3], call[5]) and call[4] != "causal hint"))
+        and (call[3] is None or call[4] is None or call[3] == call[5])
+    ]
+    return random.Random(0).sample(valid, len(valid) // 10)
+
+
+@pytest.mark.parametrize("configuration, batching, returned, padding_dtype, mask, mask_dtype, learned", grid(), ids=str)
+def test_masks(configuration, batching, returned, padding_dtype, mask, mask_dtype, learned):
+    ours, theirs = pair(E, H, **configuration)
+    batch, queries = (5 if batching == "batched" else None), 9
+    keys = 9 if mask in ("causal", "causal hint") else 14
+    kwargs = {"need_weights": returned != "output", "average_attn_weights": returned == "mean weights"}
+    if padding_dtype:
+        hides = padding(keys, batch or 1)
+        kwargs["key_padding_mask"] = as_dtype(hides if batch else hides[0], padding_dtype)
+    if mask in ("causal", "causal hint"):
+        kwargs["attn_mask"] = causal_mask(queries) < 0 if mask_dtype == torch.bool else causal_mask(queries)
+        kwargs["is_causal"] = mask == "causal hint"
+    elif mask:
+        shape = (queries, keys) if mask == "2-D" else ((batch or 1) * H, queries, keys)
+        kwargs["attn_mask"] = as_dtype(hidden(*shape), mask_dtype)
+    for argument in kwargs.values():
+        if isinstance(argument, torch.Tensor) and argument.is_floating_point():
+            argument.requires_grad_(learned)
+    compare(ours, theirs, make_inputs(ours, queries, keys, batch), **kwargs)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16], ids=str)
+def test_masks_in_bfloat16(dtype, need_weights):
+    ours, theirs = pair(E, H, dtype=torch.bfloat16, add_bias_kv=True)
+    kwargs = {"key_padding_mask": as_dtype(padding(14), dtype), "attn_mask": as_dtype(hidden(5 * H, 9, 14), dtype)}
+    compare(ours, theirs, make_inputs(ours, 9, 14, dtype=torch.bfloat16), need_weights=need_weights, **kwargs)
+
+
+def test_a_learned_causal_mask_beside_padding_is_read_despite_the_hint():
+    ours, theirs = pair(E, H)
+    mask = causal_mask(9).requires_grad_()
+    kwargs = {"key_padding_mask": as_dtype(padding(9), torch.float32), "attn_mask": mask, "is_causal": True}
+    compare(ours, theirs, make_inputs(ours, 9, 9), need_weights=False, **kwargs)
+
+
+@pytest.mark.parametrize("padding_dtype, mask_dtype", [(torch.bool, torch.float32), (torch.float32, torch.bool)])
+def test_masks_of_two_kinds_warn_as_torch_does(padding_dtype, mask_dtype):
+    kwargs = {
+        "key_padding_mask": as_dtype(padding(14), padding_dtype),
+        "attn_mask": as_dtype(hidden(9, 14), mask_dtype),
+        "need_weights": False,
+    }
+    inputs = [torch.randn(length, 5, E) for length in (9, 14, 14)]
+    found = []
+    for layer in pair(E, H):
+        with pytest.warns(UserWarning, match="Support for mismatched key_padding_mask and attn_mask is deprecated"):
+            found.append(layer(*inputs, **kwargs)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_merged_without_the_heads(monkeypatch):
+    """The kernel gets no more of a mask than was given, and bool where it was bool."""
+    masks = []
+    attend = lmengine.nn.attention.attention
+    monkeypatch.setattr(
+        lmengine.nn.attention, "attention", lambda *a, **k: masks.append((a[3], k["mask"])) or attend(*a, **k)
+    )
+    ours = lmengine.nn.MultiheadAttention(E, H)
+    x, pads, mask = torch.randn(9, 5, E), padding(9), hidden(9, 9)
+    ours(x, x, x, pads, need_weights=False)
+    ours(x, x, x, attn_mask=mask, need_weights=False)
+    ours(x, x, x, pads, attn_mask=mask, need_weights=False)
+    ours(x, x, x, pads, attn_mask=causal_mask(9) < 0, need_weights=False, is_causal=True)
+    ours(x, x, x, as_dtype(pads, torch.float32), need_weights=False)
+    shapes = [(5, 1, 1, 9), (1, 1, 9, 9), (5, 1, 9, 9), (5, 1, 1, 9), (5, 1, 1, 9)]
+    assert [tuple(m.shape) for _, m in masks] == shapes
+    assert [m.dtype for _, m in masks] == [torch.bool] * 4 + [torch.float32]
+    assert [is_causal for is_causal, _ in masks] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_a_query_that_sees_no_key_gives_zero(dtype, need_weights):
+    """And nothing is NaN; torch's layer gives NaN with need_weights."""
+    ours, theirs = pair(E, H)
+    everything = torch.zeros(5, 14, dtype=torch.bool)
+    everything[2] = True
+    mask = everything if dtype == torch.bool else torch.zeros(5, 14).masked_fill(everything, -torch.inf)
+    inputs = make_inputs(ours, 9, 14)
+    output, weights = ours(*inputs, mask, need_weights=need_weights)
+    torch.testing.assert_close(output, theirs(*inputs, mask, need_weights=False)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[:, 2], ours.out_proj.bias.expand(9, E))
+    grads = torch.autograd.grad(output.square().sum(), list(ours.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+    if need_weights:
+        assert (weights[2] == 0).all() and weights.isfinite().all()
+
+
+@pytest.mark.parametrize("configuration", [{}, {"batch_first": True, "add_bias_kv": True, "add_zero_attn": True}])
+def test_dropout_of_the_returned_weights_is_torch_s(configuration):
+    """With need_weights the same weights are dropped from the same seed."""
+    found = []
+    inputs = None
+    for layer in pair(E, H, dropout=0.4, **configuration):
+        inputs = inputs or make_inputs(layer, 9, 14)
+        torch.manual_seed(3)
+        found.append(layer(*inputs, average_attn_weights=False))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert (found[0][1] == 0).any()
+
+
+def test_dropout_in_the_kernel():
+    """Without need_weights others are dropped: as many, scaled, the same again from the same seed, none in evaluation.
+
+    Queries and keys of 0 make all weights 1/64, values and projections of 1 add up those that are kept.
+    """
+    ours = lmengine.nn.MultiheadAttention(64, 4, dropout=0.3, bias=False)
+    with torch.no_grad():
+        ours.in_proj_weight[:128].zero_()
+        ours.in_proj_weight[128:].copy_(torch.eye(64))
+        ours.out_proj.weight.copy_(torch.eye(64))
+    x = torch.ones(64, 5, 64)
+    torch.manual_seed(2)
+    output = ours(x, x, x, need_weights=False)[0]  # each a head's kept weights: a multiple of 1/64/0.7
+    kept = output * 64 * 0.7
+    torch.testing.assert_close(kept, kept.round(), rtol=1e-4, atol=1e-3)
+    number = 64 * 5 * 4 * 64
+    assert abs(kept[..., ::16].sum().item() / number - 0.7) < 5 * (0.3 * 0.7 / number) ** 0.5
+    assert len(kept.round().unique()) > 10
+    other = ours(x, x, x, need_weights=False)[0]
+    torch.manual_seed(2)
+    assert torch.equal(ours(x, x, x, need_weights=False)[0], output)
+    assert not torch.equal(other, output)
+    torch.testing.assert_close(ours.eval()(x, x, x, need_weights=False)[0], torch.ones_like(x))
+
+
 def test_weights_of_every_head_and_a_mask_for_every_head():
     ours, theirs = pair(E, H, batch_first=True)
     mask = causal_mask(9).expand(5 * H, 9, 9)
@@ -171,10 +345,8 @@ def test_evaluation_as_torch_on_its_fast_path(is_causal, grad):
 def test_inside_a_transformer_encoder(norm_first, is_causal, training, monkeypatch):
     """PyTorch's layers call ours, in evaluation too, where they would rather read its weights and run a fused path."""
     calls = []
-    attend = lmengine.nn.attention.scaled_dot_product_attention
-    monkeypatch.setattr(
-        lmengine.nn.attention, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or attend(*a, **k)
-    )
+    attend = lmengine.nn.attention.attention
+    monkeypatch.setattr(lmengine.nn.attention, "attention", lambda *a, **k: calls.append(a) or attend(*a, **k))
     layer = torch.nn.TransformerEncoderLayer(E, H, 48, dropout=0.0, batch_first=True, norm_first=norm_first)
     theirs = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     ours = copy.deepcopy(theirs)
@@ -189,7 +361,7 @@ def test_inside_a_transformer_encoder(norm_first, is_causal, training, monkeypat
     mask = causal_mask(11) if is_causal else None
     with torch.set_grad_enabled(training):
         mine, other = (model(x, mask, is_causal=is_causal) for model in (ours, theirs))
-    assert [call["is_causal"] for call in calls] == [is_causal] * 2
+    assert [call[3] for call in calls] == [is_causal] * 2
     torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     if training:
         grads = [
@@ -223,24 +395,10 @@ def test_same_exceptions_at_construction(arguments):
     assert raised[0] == raised[1]
 
 
-@pytest.mark.parametrize("argument", ["add_bias_kv", "add_zero_attn"])
-def test_not_implemented_at_construction(argument):
-    with pytest.raises(NotImplementedError, match=f"{argument}: expected False"):
-        lmengine.nn.MultiheadAttention(E, H, **{argument: True})
-
-
-def test_not_implemented_when_called():
-    ours = lmengine.nn.MultiheadAttention(E, H, dropout=0.1)
-    x = torch.randn(5, 2, E)
-    with pytest.raises(NotImplementedError, match="dropout: expected 0 while training"):
-        ours(x, x, x)
-    ours.eval()(x, x, x)
-    with pytest.raises(NotImplementedError, match="key_padding_mask"):
-        ours(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
-    with pytest.raises(NotImplementedError, match="attn_mask: expected None, or the causal mask"):
-        ours(x, x, x, attn_mask=causal_mask(5))
+def test_nested_tensors_are_refused():
+    ours = lmengine.nn.MultiheadAttention(E, H, batch_first=True)
     nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(2, E)])
-    with pytest.raises(NotImplementedError, match="nested"):
+    with pytest.raises(NotImplementedError, match="nested tensors are not implemented"):
         ours(nested, nested, nested)
 
 
@@ -272,6 +430,14 @@ def zeros(*shape, dtype=torch.float32):
         ({}, [(5, E)] * 3, {"attn_mask": zeros(1, 5, 5), "is_causal": True}),
         ({}, [(5, E)] * 3, {"attn_mask": zeros(1, 5, 5), "is_causal": True, "need_weights": False}),
         ({}, [(5, E)] * 3, {"attn_mask": zeros(5, 5, dtype=torch.float64), "is_causal": True}),
+        ({}, [(5, 2, E)] * 3, {"attn_mask": zeros(5, 6)}),
+        ({}, [(5, 2, E)] * 3, {"attn_mask": zeros(2, 5, 5), "need_weights": False}),
+        ({}, [(5, 2, E)] * 3, {"key_padding_mask": zeros(2, 5, dtype=torch.uint8)}),
+        ({}, [(5, 2, E)] * 3, {"key_padding_mask": zeros(5, dtype=torch.bool)}),
+        ({}, [(5, 2, E)] * 3, {"key_padding_mask": zeros(3, 5, dtype=torch.bool)}),
+        ({}, [(5, 2, E)] * 3, {"key_padding_mask": zeros(2, 6, dtype=torch.bool), "need_weights": False}),
+        ({}, [(5, E)] * 3, {"key_padding_mask": zeros(2, 5, dtype=torch.bool)}),
+        ({}, [(5, E)] * 3, {"key_padding_mask": zeros(4, dtype=torch.bool)}),
     ],
     ids=str,
 )
