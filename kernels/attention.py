@@ -222,7 +222,17 @@ def delta_launch(grad_output, output, delta, options) -> Launch:
 
 
 def backward_launches(
-    grad_output, query, key, value, logsumexp, delta, options, grad_query, grad_key, grad_value, grad_mask,
+    grad_output,
+    query,
+    key,
+    value,
+    logsumexp,
+    delta,
+    options,
+    grad_query,
+    grad_key,
+    grad_value,
+    grad_mask,
     architecture,
 ) -> list[Launch]:
     packed = options["cu_seqlens_q"] is not None
