@@ -237,32 +237,38 @@ class Backward {
     b.begin = begin;
     b.columns = static_cast<int>(smaller(kKeys, s.key_length - begin));
     if (b.columns <= 0) return 0;
-    const attention::KeyRange range = attention::queries_of(s, begin, b.columns);
-    bool any = false;
+    const int columns = b.columns;
+    int written = first_head ? 0 : columns;
+    bool packed = false;
+    const attention::KeyRange range = attention::queries_of(s, begin, columns);
     for (b.first = range.begin / kQueries * kQueries; b.first < range.end; b.first += kQueries) {
       b.count = static_cast<int>(smaller(kQueries, range.end - b.first));
-      if (scores.hidden(b)) continue;
-      if (!any) pack_keys(s, b, t);
-      block(scores, b, any || !first_head, t);
-      any = true;
+      const int64_t end = attention::keys_of(s, b.first, b.count).end;
+      b.columns = static_cast<int>(smaller(columns, end - begin));
+      if (b.columns <= 0 || scores.hidden(b)) continue;
+      if (!packed) pack_keys(s, begin, columns, t);
+      packed = true;
+      block(scores, b, written, t);
+      written = written > b.columns ? written : b.columns;
     }
-    return any ? b.columns : 0;
+    return written;
   }
 
-  void pack_keys(const Sequence& s, const Block& b, Task& t) const {
-    const int64_t row = s.key_begin + b.begin, kv_head = t.head / group_;
+  void pack_keys(const Sequence& s, int64_t begin, int columns, Task& t) const {
+    const int64_t row = s.key_begin + begin, kv_head = t.head / group_;
     with_type(p_.type, [&](auto zero) {
       using T = decltype(zero);
       const T* key = row_of<const T>(p_.key, t.batch, kv_head, row);
       const T* value = row_of<const T>(p_.value, t.batch, kv_head, row);
-      pack_columns<Product>(key, p_.key.row_stride, b.columns, p_.head_dim, t.keys);
-      pack_across_rows<Product>(key, p_.key.row_stride, b.columns, p_.head_dim, width_,
+      pack_columns<Product>(key, p_.key.row_stride, columns, p_.head_dim, t.keys);
+      pack_across_rows<Product>(key, p_.key.row_stride, columns, p_.head_dim, width_,
                                 t.keys_across);
-      pack_columns<Product>(value, p_.value.row_stride, b.columns, p_.value_dim, t.values);
+      pack_columns<Product>(value, p_.value.row_stride, columns, p_.value_dim, t.values);
     });
   }
 
-  void block(const Scores& scores, const Block& b, bool more, Task& t) const {
+  // `written` of the keys have gradients that are added to.
+  void block(const Scores& scores, const Block& b, int written, Task& t) const {
     constexpr int depth = Product::depth;
     const int width = static_cast<int>(round_up(b.columns, Vec::width));
     gemm<Product>(b.count, width, words_, t.query + b.first * stride_, stride_, 1, t.keys, kKeys,
@@ -274,11 +280,17 @@ class Backward {
     // weights and grad_scores now hold words of neighbouring rows, `rows` words of neighbouring
     // keys
     const int pairs = (b.count + depth - 1) / depth;
-    gemm<Product>(b.columns, value_width_, pairs, t.weights, 1, depth * kKeys,
-                  t.grad_output_across + b.first / depth * value_width_, value_width_, t.grad_value,
-                  value_width_, more);
-    gemm<Product>(b.columns, width_, pairs, t.grad_scores, 1, depth * kKeys,
-                  t.query_across + b.first / depth * width_, width_, t.grad_key, width_, more);
+    const auto add = [&](int from, int to, bool more) {
+      gemm<Product>(to - from, value_width_, pairs, t.weights + from, 1, depth * kKeys,
+                    t.grad_output_across + b.first / depth * value_width_, value_width_,
+                    t.grad_value + from * value_width_, value_width_, more);
+      gemm<Product>(to - from, width_, pairs, t.grad_scores + from, 1, depth * kKeys,
+                    t.query_across + b.first / depth * width_, width_, t.grad_key + from * width_,
+                    width_, more);
+    };
+    const int old = written < b.columns ? written : b.columns;
+    if (old > 0) add(0, old, true);
+    if (old < b.columns) add(old, b.columns, false);
     gemm<Product>(b.count, width_, (b.columns + depth - 1) / depth, t.rows, kKeys / depth, 1,
                   t.keys_across, width_, t.grad_query + b.first * width_, width_, true);
   }
@@ -302,7 +314,8 @@ class Backward {
           const Vec before = w;
           if (scores.dropout()) {
             const auto bits = static_cast<uint32_t>(kept[j / 64] >> (j % 64));
-            g = keep(g * kept_factor, bits), w = keep(w * kept_factor, bits);
+            g = select(bits, g * kept_factor, Vec::zero());
+            w = select(bits, w * kept_factor, Vec::zero());
           }
           w.store(weight + j);
           (before * (g - delta)).store(grad + j);

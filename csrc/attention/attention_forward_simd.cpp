@@ -163,7 +163,8 @@ class Forward {
       const auto weight = [&](int j) {
         const Vec w = exp2<Product::depth == 1>(fma(Vec::load(row + j), factor, from));
         sum = sum + w;
-        return scores.dropout() ? keep(w, static_cast<uint32_t>(kept[j / 64] >> (j % 64))) : w;
+        if (!scores.dropout()) return w;
+        return select(static_cast<uint32_t>(kept[j / 64] >> (j % 64)), w, Vec::zero());
       };
       if constexpr (Product::depth == 1) {
         for (int j = 0; j < width; j += Vec::width) weight(j).store(row + j);

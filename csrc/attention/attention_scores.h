@@ -198,11 +198,17 @@ class Scores {
 
   void hide_masked(const Block& b, int row, float* scores) const {
     const bool* mask = mask_row<bool>(b, row);
-    if (p_.mask.column_stride == 1) {
-      for (int j = 0; j < b.columns; ++j) scores[j] = mask[j] ? scores[j] : -INFINITY;
-    } else {
-      for (int j = 0; j < b.columns; ++j)
-        if (!mask[j * p_.mask.column_stride]) scores[j] = -INFINITY;
+    alignas(16) bool together[kKeys + 16];
+    if (p_.mask.column_stride != 1 || b.columns % 16 != 0) {
+      for (int j = 0; j < b.columns; ++j) together[j] = mask[j * p_.mask.column_stride];
+      mask = together;
+    }
+    for (int j = 0; j < b.columns; j += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + j));
+      const int hidden = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+      for (int k = 0; k < 16; k += Vec::width)
+        select(static_cast<uint32_t>(hidden >> k), Vec::set(-INFINITY), Vec::load(scores + j + k))
+            .store(scores + j + k);
     }
   }
 

@@ -74,9 +74,9 @@ struct Vec {
     return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }
   friend Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-  // a where the bit of the lane is set, else 0
-  friend Vec keep(Vec a, uint32_t bits) {
-    return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)};
+  // a where the bit of the lane is set, else b
+  friend Vec select(uint32_t bits, Vec a, Vec b) {
+    return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)};
   }
   // a * 2^n for integral n
   friend Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
@@ -174,11 +174,11 @@ struct Vec {
     return {_mm256_and_ps(finite, (a - round(a)).v)};
   }
   friend Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-  // a where the bit of the lane is set, else 0
-  friend Vec keep(Vec a, uint32_t bits) {
+  // a where the bit of the lane is set, else b
+  friend Vec select(uint32_t bits, Vec a, Vec b) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
-    return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)), a.v)};
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)))};
   }
   // a * 2^n for integral n, in two steps, so that results below the normal range are reached too
   friend Vec scale_by_power(Vec a, Vec n) {

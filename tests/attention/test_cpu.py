@@ -67,6 +67,7 @@ def test_many_short_heads(threads):
 def test_older_processors_have_every_feature(instructions):
     code = (
         "import torch, lmengine, tests.attention.test_features as t\n"
+        "torch.set_num_threads(1)\n"
         "print(lmengine.info()['instruction set'])\n"
         "for case in t.OPTIONS:\n"
         "    some = case in ('everything', 'dropout', 'padding mask')\n"
