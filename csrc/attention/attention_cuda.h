@@ -1,5 +1,6 @@
 // The launchers of attention's CUDA kernels. All tensors on the current device, of p.type; every
-// pointer and stride a multiple of 16 bytes, head_dim a multiple of 8 from 16 to 128.
+// pointer and stride of a tensor a multiple of 16 bytes, head_dim and value_dim multiples of 8 from
+// 8 to 256. Masks have any strides.
 #pragma once
 
 #include "attention/attention.h"
@@ -17,5 +18,8 @@ void attention_forward_cuda(const AttentionParameters& p, cudaStream_t stream);
 
 // Writes delta and the gradients. Deterministic: no atomics.
 void attention_backward_cuda(const AttentionParameters& p, cudaStream_t stream);
+
+// Part of it: writes grad_mask, out of delta.
+void attention_mask_gradient_cuda(const AttentionParameters& p, cudaStream_t stream);
 
 }  // namespace lmengine

@@ -45,13 +45,6 @@ struct Matrix {
   int length;
 };
 
-template <class T>
-__device__ __forceinline__ Matrix<T> matrix_of(const AttentionTensor& tensor, int64_t batch,
-                                               int64_t head, int64_t length) {
-  return {static_cast<T*>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride,
-          tensor.row_stride, static_cast<int>(length)};
-}
-
 // (rows, dim) in shared memory, in panels of 8 chunks (128 bytes) or 4. The chunks of a row are
 // permuted by its number, so that neither the rows of one chunk nor the chunks of a row meet in a
 // bank.
@@ -59,6 +52,8 @@ template <class T, int rows, int dim>
 struct Tile {
   static constexpr int kChunks = dim / kChunk<T>, kPanel = kChunks % 8 == 0 ? 8 : 4;
   static constexpr int kElements = rows * dim;
+  // the addresses of many copies at a time would take the registers of wide accumulators
+  static constexpr int kUnrolled = dim > 128 ? 1 : 4;
 
   static __device__ __forceinline__ int offset(int row, int chunk) {
     const int permuted = chunk % kPanel ^ (kPanel == 8 ? row & 7 : row >> 1 & 3);
@@ -69,7 +64,7 @@ struct Tile {
   template <int threads>
   static __device__ __forceinline__ void load(T* tile, const Matrix<T>& from, int first,
                                               int head_dim) {
-#pragma unroll
+#pragma unroll kUnrolled
     for (int i = 0; i < (rows * kChunks + threads - 1) / threads; ++i) {
       const int index = i * threads + static_cast<int>(threadIdx.x);
       if (rows * kChunks % threads != 0 && index >= rows * kChunks) break;
@@ -93,7 +88,7 @@ struct MatrixEngine {
   static constexpr int kThreadColumns = columns / 4, kThreadDims = dim / 4;
   static constexpr int kLanes = 4;                      // that share a row, neighbours
   static constexpr int kScratch = 0;                    // bytes of shared memory
-  static constexpr float kBefore = kLog2E, kAfter = 1;  // the exponent's unit: see weight()
+  static constexpr float kBefore = kLog2E, kAfter = 1;  // the exponent's unit: see attention_features.h
   using RowTile = Tile<T, kRows, dim>;
   using ColumnTile = Tile<T, columns, dim>;
 
@@ -104,6 +99,8 @@ struct MatrixEngine {
     return first_row() + i / 2 * 16 + i % 2 * 8 + lane() / 4;
   }
   static __device__ __forceinline__ int column(int j) { return j / 2 * 8 + lane() % 4 * 2 + j % 2; }
+  // A column of the same four whose number does not hang on j % 2: see Features::keeps.
+  static __device__ __forceinline__ int pair(int j) { return column(j / 2 * 2); }
 
   static __device__ __forceinline__ float exp2(float x) { return exp2_approximate(x); }
 
@@ -227,10 +224,10 @@ struct MatrixEngine {
 
 // 16 lanes share 4 rows. A sum over dim goes from the first to the last in every kernel, so that
 // the backward finds the forward's scores to the last bit.
-template <int dim, int columns>
+template <int dim, int columns, int threads = 256>
 struct ScalarEngine {
   using Type = float;
-  static constexpr int kThreads = 256, kRows = 64, kColumns = columns, kDim = dim;
+  static constexpr int kThreads = threads, kRows = threads / 4, kColumns = columns, kDim = dim;
   static constexpr int kThreadRows = 4, kThreadColumns = columns / 16, kThreadDims = dim / 16;
   static constexpr int kLanes = 16;
   static constexpr int kScratchRow = columns + 4;  // the odd multiple of 4 keeps two rows apart
@@ -244,6 +241,7 @@ struct ScalarEngine {
   static constexpr int kWarpRows = 8;
   static __device__ __forceinline__ int row(int i) { return threadIdx.x / 16 * 4 + i; }
   static __device__ __forceinline__ int column(int j) { return lane() + 16 * j; }
+  static __device__ __forceinline__ int pair(int j) { return column(j); }
 
   static __device__ __forceinline__ float exp2(float x) { return exp2f(x); }
 
@@ -334,14 +332,6 @@ struct ScalarEngine {
 
 // ---- both --------------------------------------------------------------------------------------
 
-// exp2((score * scale - shift) * kAfter), both in units of kBefore, and never more than 1: a score
-// of 1e8 that is computed again may exceed the logsumexp by many units. 16-bit types fold log2(e)
-// into the scale; for float32 it multiplies the small difference, which rounds less.
-template <class Engine>
-__device__ __forceinline__ float weight_again(float product, float scale, float shift) {
-  return Engine::exp2(bounded_by_zero(fmaf(product, scale, -shift)) * Engine::kAfter);
-}
-
 template <class Engine>
 __device__ __forceinline__ float sum_over_row(float value) {
 #pragma unroll
@@ -356,32 +346,6 @@ __device__ __forceinline__ float largest_of_row(float value) {
   for (int step = Engine::kLanes / 2; step; step /= 2)
     value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, step));
   return value;
-}
-
-// Which head and which rows a block has. The grid is one-dimensional: batch * heads may exceed
-// what the others hold.
-struct Place {
-  int64_t batch, head, index;  // index = batch * heads + head
-  int first;
-};
-
-template <int rows>
-__device__ __forceinline__ Place place_of_block(const AttentionParameters& p, int64_t length,
-                                                bool last_first) {
-  const unsigned blocks = static_cast<unsigned>((length + rows - 1) / rows);
-  const unsigned index = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  return {index / p.heads, index % p.heads, index,
-          static_cast<int>(last_first ? blocks - 1 - block : block) * rows};
-}
-
-inline unsigned blocks_for(const AttentionParameters& p, int64_t length, int rows) {
-  const int64_t heads = p.batch * p.heads, blocks = (length + rows - 1) / rows;
-  if (p.query_length > (1 << 30) || p.key_length > (1 << 30))
-    throw std::runtime_error("lmengine: query, key: expected a length of at most 2^30");
-  if (blocks != 0 && heads > 2147483647 / blocks)
-    throw std::runtime_error("lmengine: query: expected batch * heads * length below " +
-                             std::to_string(2147483647LL * rows));
-  return static_cast<unsigned>(heads * blocks);
 }
 
 }  // namespace lmengine::attention

@@ -1,16 +1,17 @@
 // Attention's forward on the GPU. A block has some queries of one head and goes over the keys and
 // values, whose tiles alternate in a ring of shared memory (Dao 2023, FlashAttention-2).
 #include "attention/attention_cuda.h"
-#include "attention/attention_device.h"
+#include "attention/attention_features.h"
+#include "attention/attention_tiles.h"
 
 namespace lmengine {
 namespace {
 
 using namespace attention;
 
-// `ring`: how many tiles of keys and values there are. While one is used the others are under way.
-template <class Engine, int ring>
-__global__ void __launch_bounds__(Engine::kThreads) forward_kernel(AttentionParameters p) {
+// While one tile of the ring is used the others are under way.
+template <class Engine, int ring, bool general>
+__global__ void __launch_bounds__(Engine::kThreads, 1) forward_kernel(AttentionParameters p) {
   using T = typename Engine::Type;
   using ColumnTile = typename Engine::ColumnTile;
   LMENGINE_SHARED_MEMORY(shared);
@@ -19,18 +20,26 @@ __global__ void __launch_bounds__(Engine::kThreads) forward_kernel(AttentionPara
   unsigned char* scratch = reinterpret_cast<unsigned char*>(tiles + ring * ColumnTile::kElements);
 
   // under the causal mask the last queries have the most work: they come first
-  const Place at = place_of_block<Engine::kRows>(p, p.query_length, p.is_causal);
-  const auto query = matrix_of<T>(p.query, at.batch, at.head, p.query_length);
-  const auto key = matrix_of<T>(p.key, at.batch, at.head, p.key_length);
-  const auto value = matrix_of<T>(p.value, at.batch, at.head, p.key_length);
-  const int end = p.is_causal ? min(key.length, at.first + Engine::kRows) : key.length;
-  const int steps = 2 * ((end + Engine::kColumns - 1) / Engine::kColumns);
+  const auto place = [&](unsigned index) {
+    return place_of_block<Engine::kRows>(index, p.heads, p.query_length,
+                                         p.window_right >= 0 && p.window_left < 0);
+  };
+  const Place at = place(blockIdx.x);
+  const Sequence s = sequence_of(p, at.batch);
+  if (at.first >= s.query_length) return;
+  const Limits<general> limits(s);
+  const int kv_head = kv_head_of(p, at.head);
+  const auto query = matrix_of<T>(p.query, at.batch, at.head, s.query_begin, s.query_length);
+  const auto key = matrix_of<T>(p.key, at.batch, kv_head, s.key_begin, s.key_length);
+  const auto value = matrix_of<T>(p.value, at.batch, kv_head, s.key_begin, s.key_length);
+  const KeyBlocks<general, Engine::kColumns> blocks(s, limits, at.first, Engine::kRows);
+  const int steps = 2 * blocks.count;
 
   const auto load = [&](int step) {
     if (step < steps)
-      ColumnTile::template load<Engine::kThreads>(tiles + step % ring * ColumnTile::kElements,
-                                                  step % 2 ? value : key,
-                                                  step / 2 * Engine::kColumns, p.head_dim);
+      ColumnTile::template load<Engine::kThreads>(
+          tiles + step % ring * ColumnTile::kElements, step % 2 ? value : key,
+          blocks.begin(step / 2), step % 2 ? p.value_dim : p.head_dim);
     cp_async_commit();
   };
   int step = 0;
@@ -48,97 +57,111 @@ __global__ void __launch_bounds__(Engine::kThreads) forward_kernel(AttentionPara
   __syncthreads();
   const typename Engine::Rows rows(query_tile);
 
-  const float scale = p.scale * Engine::kBefore;
+  constexpr float unit = kBefore<Engine, general>, after = kAfter<Engine, general>;
+  const float scale = p.scale * unit;
   float sums[Engine::kThreadRows][Engine::kThreadDims] = {};
   float largest[Engine::kThreadRows], total[Engine::kThreadRows];  // total: this lane's part
 #pragma unroll
   for (int i = 0; i < Engine::kThreadRows; ++i) largest[i] = -INFINITY, total[i] = 0;
   const int warp_first = at.first + Engine::first_row();  // the warp's first query
 
-  for (int begin = 0; begin < end; begin += Engine::kColumns) {
+  for (int block = 0; block < blocks.count; ++block) {
+    const int begin = blocks.begin(block);
     const T* key_tile = next_tile();
-    // the warp's queries may all come before these keys; the barriers it keeps to nevertheless
-    const bool sees = !p.is_causal || begin < warp_first + Engine::kWarpRows;
-    const bool masked = begin + Engine::kColumns > key.length ||
-                        (p.is_causal && begin + Engine::kColumns > warp_first + 1);
+    // the warp's queries may see none of these keys; the barriers it keeps to nevertheless
+    const bool sees = !limits.sees_none(warp_first, Engine::kWarpRows, begin, Engine::kColumns);
+    const bool masked = !limits.sees_all(warp_first, Engine::kWarpRows, begin, Engine::kColumns);
     float weights[Engine::kThreadRows][Engine::kThreadColumns];
     if (sees) {
       Engine::products(weights, rows, key_tile);
+      [[maybe_unused]] const auto features =
+          features_of<general, T>(p, limits, at.batch, at.head);
 #pragma unroll
       for (int i = 0; i < Engine::kThreadRows; ++i) {
-        const int seen =
-            (p.is_causal ? min(key.length, at.first + Engine::row(i) + 1) : key.length) - begin;
+        const int row = at.first + Engine::row(i);
+        const int seen = min(limits.keys, row + limits.reach) - begin;
         float now = largest[i];
 #pragma unroll
         for (int j = 0; j < Engine::kThreadColumns; ++j) {
-          weights[i][j] = rounded_product(weights[i][j], scale);
-          if (masked && Engine::column(j) >= seen) weights[i][j] = -INFINITY;
+          if constexpr (general) {
+            float unused;
+            weights[i][j] = features.score(weights[i][j], row, begin + Engine::column(j), unused);
+          } else {
+            weights[i][j] = rounded_product(weights[i][j], scale);
+            if (masked && Engine::column(j) >= seen) weights[i][j] = -INFINITY;
+          }
           now = fmaxf(now, weights[i][j]);
         }
         now = largest_of_row<Engine>(now);
         const float shift = now == -INFINITY ? 0 : now;
-        const float factor = Engine::exp2((largest[i] - shift) * Engine::kAfter);
+        const float factor = Engine::exp2((largest[i] - shift) * after);
         largest[i] = now;
         total[i] *= factor;
 #pragma unroll
         for (int j = 0; j < Engine::kThreadColumns; ++j) {
-          weights[i][j] = Engine::exp2((weights[i][j] - shift) * Engine::kAfter);
+          weights[i][j] = Engine::exp2((weights[i][j] - shift) * after);
           total[i] += weights[i][j];
         }
 #pragma unroll
         for (int j = 0; j < Engine::kThreadDims; ++j) sums[i][j] *= factor;
       }
+      if constexpr (general)
+        if (p.seed != nullptr) {
+#pragma unroll
+          for (int i = 0; i < Engine::kThreadRows; ++i)
+#pragma unroll
+            for (int j = 0; j < Engine::kThreadColumns; ++j)
+              if (!features.keeps(at.first + Engine::row(i), begin + Engine::pair(j),
+                                  Engine::column(j)))
+                weights[i][j] = 0;
+        }
     }
     const T* value_tile = next_tile();
     if (sees) Engine::add(sums, weights, value_tile, scratch);
   }
 
+  const Place again = place(block_index_anew());
+  const Sequence sequence = sequence_of(p, again.batch);
+  const auto output = matrix_of<T>(p.output, again.batch, again.head, sequence.query_begin,
+                                   sequence.query_length);
+  float* logsumexp = p.logsumexp + sequence.logsumexp + again.head * sequence.logsumexp_head;
   float inverse[Engine::kThreadRows];
+  const float factor = general && p.seed != nullptr ? dropout_factor(p.dropout_p) : 1;
 #pragma unroll
   for (int i = 0; i < Engine::kThreadRows; ++i) {
     const float sum = sum_over_row<Engine>(total[i]);
-    inverse[i] = sum == 0 ? 0 : 1 / sum;  // a query without keys: 0, and -infinity
-    const int row = at.first + Engine::row(i);
-    if (threadIdx.x % Engine::kLanes == 0 && row < query.length)
-      p.logsumexp[at.index * p.query_length + row] =
-          sum == 0 ? -INFINITY : largest[i] / Engine::kBefore + logf(sum);
+    inverse[i] = sum == 0 ? 0 : factor / sum;  // a query without keys: 0, and -infinity
+    const int row = again.first + Engine::row(i);
+    if (threadIdx.x % Engine::kLanes == 0 && row < output.length)
+      logsumexp[row] = sum == 0 ? -INFINITY : largest[i] / unit + logf(sum);
   }
   cp_async_wait<0>();
-  Engine::store(sums, inverse, query_tile,
-                matrix_of<T>(p.output, at.batch, at.head, p.query_length), at.first, p.head_dim);
+  Engine::store(sums, inverse, query_tile, output, again.first, p.value_dim);
 }
 
-template <class Engine, int ring>
-void launch_forward(const AttentionParameters& p, cudaStream_t stream) {
-  const size_t shared = (Engine::RowTile::kElements + ring * Engine::ColumnTile::kElements) *
-                            sizeof(typename Engine::Type) +
-                        Engine::kScratch;
-  cuda::launch(forward_kernel<Engine, ring>, blocks_for(p, p.query_length, Engine::kRows),
-               Engine::kThreads, shared, stream, p);
-}
-
-// 32 queries a warp, so that a tile is read from shared memory half as often. Where their
-// accumulators leave no room the queries themselves are read again for each tile of keys.
 template <class T>
 void forward(const AttentionParameters& p, cudaStream_t stream) {
-  if (p.head_dim <= 32) return launch_forward<MatrixEngine<T, 32, 2, 64, true>, 4>(p, stream);
-  if (p.head_dim <= 64) return launch_forward<MatrixEngine<T, 64, 2, 64, true>, 4>(p, stream);
-  if (p.head_dim <= 96) return launch_forward<MatrixEngine<T, 96, 2, 48, false>, 3>(p, stream);
-  return launch_forward<MatrixEngine<T, 128, 2, 32, false>, 4>(p, stream);
-}
-
-template <>
-void forward<float>(const AttentionParameters& p, cudaStream_t stream) {
-  if (p.head_dim <= 32) return launch_forward<ScalarEngine<32, 64>, 3>(p, stream);
-  if (p.head_dim <= 64) return launch_forward<ScalarEngine<64, 64>, 3>(p, stream);
-  if (p.head_dim <= 96) return launch_forward<ScalarEngine<96, 32>, 2>(p, stream);
-  return launch_forward<ScalarEngine<128, 32>, 2>(p, stream);
+  choose_variant(p, [&](auto variant) {
+    constexpr bool general = decltype(variant)::value;
+    TilesOf<T, general>::Forward::choose(p, [&](auto tiles) {
+      using Tiles = decltype(tiles);
+      using Engine = typename Tiles::Engine;
+      const size_t shared =
+          (Engine::RowTile::kElements + Tiles::kRing * Engine::ColumnTile::kElements) * sizeof(T) +
+          Engine::kScratch;
+      const unsigned grid =
+          grid_of({p.batch, p.heads, blocks_of(p.query_length, Engine::kRows)});
+      cuda::launch(forward_kernel<Engine, Tiles::kRing, general>, grid, Engine::kThreads, shared,
+                   stream, p);
+    });
+  });
 }
 
 }  // namespace
 
 void attention_forward_cuda(const AttentionParameters& p, cudaStream_t stream) {
   if (p.batch * p.heads * p.query_length == 0) return;
+  check_lengths(p);
   switch (p.type) {
     case AttentionType::float32:
       return forward<float>(p, stream);
