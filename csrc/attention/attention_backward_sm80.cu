@@ -85,24 +85,21 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) key_value_kernel(Attentio
 
   // what is loaded next: the queries from next_begin on of head next_head
   int next_begin = start, next_head = at.head * group;
-  auto query = matrix_of<T>(p.query, at.batch, next_head, s.query_begin, s.query_length);
-  auto grad_output = matrix_of<T>(p.grad_output, at.batch, next_head, s.query_begin, s.query_length);
-  int64_t first_number = s.logsumexp + next_head * s.logsumexp_head;
   const auto advance = [&] {
     next_begin += kQueries;
-    if (next_begin < stop) return;
-    next_begin = start;
-    ++next_head;
-    query.data += p.query.head_stride;
-    grad_output.data += p.grad_output.head_stride;
-    first_number += p.cu_query != nullptr ? p.query_rows : p.query_length;
+    if (next_begin >= stop) next_begin = start, ++next_head;
   };
+  const int query_begin = static_cast<int>(s.query_begin);
   const auto load = [&](int step) {
     if (step < steps) {
       T* stage = stages + step % 2 * 2 * ColumnTile::kElements;
-      ColumnTile::template load<Engine::kThreads>(stage, query, next_begin, p.head_dim);
-      ColumnTile::template load<Engine::kThreads>(stage + ColumnTile::kElements, grad_output,
-                                                  next_begin, p.value_dim);
+      ColumnTile::template load<Engine::kThreads>(
+          stage, matrix_of<T>(p.query, at.batch, next_head, query_begin, limits.queries),
+          next_begin, p.head_dim);
+      ColumnTile::template load<Engine::kThreads>(
+          stage + ColumnTile::kElements,
+          matrix_of<T>(p.grad_output, at.batch, next_head, query_begin, limits.queries), next_begin,
+          p.value_dim);
     }
     cp_async_commit();
   };
@@ -111,7 +108,8 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) key_value_kernel(Attentio
   float next_shift = INFINITY, next_delta = 0;
   const auto read_numbers = [&](int step) {
     const bool valid = step < steps && thread < kQueries && next_begin + thread < limits.queries;
-    const int64_t index = first_number + next_begin + thread;
+    const int64_t index =
+        logsumexp_of(p, at.batch, next_head, query_begin) + next_begin + thread;
     next_shift = valid ? shift_of(p.logsumexp[index], kBefore<Engine, general>) : INFINITY;
     next_delta = valid ? p.delta[index] : 0;
   };
@@ -154,7 +152,7 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) key_value_kernel(Attentio
 
     float weights[Engine::kThreadRows][Engine::kThreadColumns];
     float grad_scores[Engine::kThreadRows][Engine::kThreadColumns];
-    if (!limits.sees_none(begin, kQueries, warp_first, Engine::kWarpRows)) {
+    if (!general || !limits.sees_none(begin, kQueries, warp_first, Engine::kWarpRows)) {
       Engine::products(weights, keys, query_tile);
       if constexpr (general) {
         const Features<T> features(p, limits, at.batch, head);

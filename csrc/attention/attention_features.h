@@ -78,6 +78,13 @@ __device__ __forceinline__ int64_t key_rows_of(const AttentionParameters& p, int
   return p.cu_key != nullptr ? p.cu_key[batch + 1] - p.cu_key[batch] : p.key_length;
 }
 
+// The index in logsumexp of the first query of a head and sequence.
+__device__ __forceinline__ int64_t logsumexp_of(const AttentionParameters& p, int batch, int head,
+                                                int query_begin) {
+  if (p.cu_query != nullptr) return query_begin + head * p.query_rows;
+  return (batch * p.heads + head) * p.query_length;
+}
+
 // ---- which keys a query sees -------------------------------------------------------------------
 
 __device__ __forceinline__ int clamped(int64_t x, int64_t low, int64_t high) {

@@ -12,15 +12,15 @@ using namespace attention;
 
 // What a block goes over in one dimension: the one that it owns, or all.
 struct Span {
-  int64_t begin, end;
+  int begin, end;
 };
 
 // How many blocks there are in a dimension, and what one of them goes over.
 inline int64_t owners(int64_t stride, int64_t count) { return stride == 0 ? 1 : count; }
 __device__ __forceinline__ Span span_of(int64_t stride, int64_t count, unsigned& rest) {
-  if (stride == 0) return {0, count};
-  const int64_t own = rest % count;
-  rest = static_cast<unsigned>(rest / count);
+  if (stride == 0) return {0, static_cast<int>(count)};
+  const int own = static_cast<int>(rest % static_cast<unsigned>(count));
+  rest /= static_cast<unsigned>(count);
   return {own, own + 1};
 }
 
@@ -65,27 +65,27 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) mask_kernel(AttentionPara
   const Span batches = span_of(to.batch_stride, p.batch, rest);
 
   float sums[Engine::kThreadRows][Engine::kThreadColumns] = {};
-  for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
+  for (int batch = batches.begin; batch < batches.end; ++batch) {
     const Sequence s = sequence_of(p, batch);
     const Limits<true> limits(s);
-    for (int64_t head = heads.begin; head < heads.end; ++head) {
-      const int kv_head = kv_head_of(p, static_cast<int>(head));
+    for (int head = heads.begin; head < heads.end; ++head) {
+      const int kv_head = kv_head_of(p, head);
       const auto query = matrix_of<T>(p.query, batch, head, 0, s.query_length);
       const auto key = matrix_of<T>(p.key, batch, kv_head, 0, s.key_length);
       const auto value = matrix_of<T>(p.value, batch, kv_head, 0, s.key_length);
       const auto grad_output = matrix_of<T>(p.grad_output, batch, head, 0, s.query_length);
-      const Features<T> features(p, limits, static_cast<int>(batch), static_cast<int>(head));
-      for (int64_t row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile) {
-        const int first = static_cast<int>(row_tile) * kRows;
-        const auto unseen = [&](int64_t column_tile) {
-          return limits.sees_none(first, kRows, static_cast<int>(column_tile) * kColumns, kColumns);
+      const Features<T> features(p, limits, batch, head);
+      for (int row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile) {
+        const int first = row_tile * kRows;
+        const auto unseen = [&](int column_tile) {
+          return limits.sees_none(first, kRows, column_tile * kColumns, kColumns);
         };
         bool loaded = false;
         float shift[Engine::kThreadRows], minus[Engine::kThreadRows];
-        for (int64_t column_tile = column_tiles.begin; column_tile < column_tiles.end;
+        for (int column_tile = column_tiles.begin; column_tile < column_tiles.end;
              ++column_tile) {
           if (unseen(column_tile)) continue;
-          const int begin = static_cast<int>(column_tile) * kColumns;
+          const int begin = column_tile * kColumns;
           __syncthreads();  // nobody uses the tiles any more
           if (!loaded) {
             RowTile::template load<kThreads>(query_tile, query, first, p.head_dim);

@@ -70,28 +70,38 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) forward_kernel(AttentionP
     const T* key_tile = next_tile();
     // the warp's queries may see none of these keys; the barriers it keeps to nevertheless
     const bool sees = !limits.sees_none(warp_first, Engine::kWarpRows, begin, Engine::kColumns);
-    const bool masked = !limits.sees_all(warp_first, Engine::kWarpRows, begin, Engine::kColumns);
     float weights[Engine::kThreadRows][Engine::kThreadColumns];
     if (sees) {
       Engine::products(weights, rows, key_tile);
       [[maybe_unused]] const auto features =
           features_of<general, T>(p, limits, at.batch, at.head);
 #pragma unroll
-      for (int i = 0; i < Engine::kThreadRows; ++i) {
-        const int row = at.first + Engine::row(i);
-        const int seen = min(limits.keys, row + limits.reach) - begin;
-        float now = largest[i];
+      for (int i = 0; i < Engine::kThreadRows; ++i)
 #pragma unroll
         for (int j = 0; j < Engine::kThreadColumns; ++j) {
           if constexpr (general) {
             float unused;
-            weights[i][j] = features.score(weights[i][j], row, begin + Engine::column(j), unused);
+            weights[i][j] = features.score(weights[i][j], at.first + Engine::row(i),
+                                           begin + Engine::column(j), unused);
           } else {
             weights[i][j] = rounded_product(weights[i][j], scale);
-            if (masked && Engine::column(j) >= seen) weights[i][j] = -INFINITY;
           }
-          now = fmaxf(now, weights[i][j]);
         }
+      if (!general &&
+          !limits.sees_all(warp_first, Engine::kWarpRows, begin, Engine::kColumns)) {
+#pragma unroll
+        for (int i = 0; i < Engine::kThreadRows; ++i) {
+          const int seen = min(limits.keys, at.first + Engine::row(i) + limits.reach) - begin;
+#pragma unroll
+          for (int j = 0; j < Engine::kThreadColumns; ++j)
+            if (Engine::column(j) >= seen) weights[i][j] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Engine::kThreadRows; ++i) {
+        float now = largest[i];
+#pragma unroll
+        for (int j = 0; j < Engine::kThreadColumns; ++j) now = fmaxf(now, weights[i][j]);
         now = largest_of_row<Engine>(now);
         const float shift = now == -INFINITY ? 0 : now;
         const float factor = Engine::exp2((largest[i] - shift) * after);

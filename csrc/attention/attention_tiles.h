@@ -56,7 +56,7 @@ struct PlainTiles {
                      BackwardTiles<MatrixEngine<T, 96, 1, 32, false>>,
                      BackwardTiles<MatrixEngine<T, 128, 1, 32, false>>,
                      BackwardTiles<MatrixEngine<T, 192, 1, 32, false>, true>,
-                     BackwardTiles<MatrixEngine<T, 256, 1, 32, false>, true>>;
+                     BackwardTiles<MatrixEngine<T, 256, 1, 16, false>, true>>;
   using Queries = Table<BackwardTiles<MatrixEngine<T, 32, 2, 64, true>>,
                         BackwardTiles<MatrixEngine<T, 64, 2, 32, true>>,
                         BackwardTiles<MatrixEngine<T, 96, 1, 32, false>>,
@@ -72,10 +72,10 @@ struct GeneralTiles {
                         ForwardTiles<MatrixEngine<T, 256, 1, 32, false>, 3>>;
   using Keys = Table<BackwardTiles<MatrixEngine<T, 64, 1, 32, true>>,
                      BackwardTiles<MatrixEngine<T, 128, 1, 32, false>, true>,
-                     BackwardTiles<MatrixEngine<T, 256, 1, 32, false>, true>>;
+                     BackwardTiles<MatrixEngine<T, 256, 1, 16, false>, true>>;
   using Queries = Table<BackwardTiles<MatrixEngine<T, 64, 1, 32, true>>,
                         BackwardTiles<MatrixEngine<T, 128, 1, 32, false>>,
-                        BackwardTiles<MatrixEngine<T, 256, 1, 32, false>>>;
+                        BackwardTiles<MatrixEngine<T, 256, 1, 16, false>>>;
 };
 
 struct FloatTiles {
