@@ -22,10 +22,11 @@ Tensor with_aligned_rows(const Tensor& tensor) {
   return copy;
 }
 
-void check_head_dim(const AttentionParameters& p) {
-  LMENGINE_CHECK(p.head_dim >= 16 && p.head_dim <= 128 && p.head_dim % 8 == 0,
-                 "query: expected a head_dim from 16 to 128 that 8 divides, got " +
-                     std::to_string(p.head_dim));
+void check_head_dims(const AttentionParameters& p) {
+  for (const auto& [dim, name] : {std::pair{p.head_dim, "query"}, {p.value_dim, "value"}})
+    LMENGINE_CHECK(dim >= 8 && dim <= 256 && dim % 8 == 0,
+                   std::string(name) + ": expected a head_dim from 8 to 256 that 8 divides, got " +
+                       std::to_string(dim));
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value,
@@ -43,8 +44,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value,
                                  max_key,  window_left,  window_right,   bottom_right,
                                  scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](const AttentionParameters& p, const Tensor& like) {
-    check_head_dim(p);
-    check_plain(p);
+    check_head_dims(p);
     attention_forward_cuda(p, cuda::current_stream(like.get_device_index()));
   };
   return attention_forward_with(with_aligned_rows, launch, query, key, value, options);
@@ -64,8 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                                  max_key,  window_left,  window_right,   bottom_right,
                                  scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](AttentionParameters& p, const Tensor& like) {
-    check_head_dim(p);
-    check_plain(p);
+    check_head_dims(p);
     const Tensor delta =
         torch::stable::new_empty(like, {like.size(0), p.heads, p.query_rows}, ScalarType::Float);
     p.delta = static_cast<float*>(delta.data_ptr());

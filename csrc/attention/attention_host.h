@@ -230,14 +230,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_with(
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 
-// For kernels that have no more than the causal mask yet.
-inline void check_plain(const AttentionParameters& p) {
-  const bool plain = p.mask.type == MaskType::none && p.alibi_slopes == nullptr &&
-                     p.prefix_lengths == nullptr && p.key_lengths == nullptr &&
-                     p.cu_query == nullptr && p.seed == nullptr && p.kv_heads == p.heads &&
-                     p.value_dim == p.head_dim && p.window_left < 0 && p.window_right <= 0 &&
-                     !p.bottom_right && p.softcap == 0;
-  LMENGINE_CHECK(plain, "attention: this kernel has the causal mask only");
-}
-
 }  // namespace lmengine

@@ -533,13 +533,13 @@ EVERYTHING = frozenset({
     "alibi_slopes", "softcap", "dropout_p", "kv_heads", "value_dim",
 })  # fmt: skip
 FEATURES: dict[str, frozenset[str]] = {
-    "cuda": frozenset(),
+    "cuda": EVERYTHING,
     "triton": EVERYTHING,
     "cpu": EVERYTHING,
 }
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
-operator.register("cuda", with_padded_heads(compiled), unsupported(FLOATING, 128, FEATURES["cuda"]))
+operator.register("cuda", with_padded_heads(compiled), unsupported(FLOATING, 256, FEATURES["cuda"]))
 operator.register("triton", with_padded_heads(triton_attention), unsupported(FLOATING, 256, FEATURES["triton"]))
 operator.register("cpu", compiled, unsupported(FLOATING, math.inf, FEATURES["cpu"]))
 operator.register("reference", reference, lambda *args, **kwargs: None)

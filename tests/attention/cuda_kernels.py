@@ -82,3 +82,28 @@ def backward(
     dims = (query.shape[3], key.shape[3], value.shape[3])
     grads = [unwidened(found[f"grad_{name}"], dim) for name, dim in zip(("query", "key", "value"), dims, strict=True)]
     return *grads, found["grad_mask"]
+
+
+class Attention(torch.autograd.Function):
+    """The kernels as a differentiable function; `options` holds what is no tensor that wants a gradient."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, library, options):
+        given = options if mask is None else options | {"mask": mask}
+        ctx.save_for_backward(query, key, value, mask, *(results := forward(library, query, key, value, **given)))
+        ctx.library, ctx.options = library, options
+        return results
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_logsumexp):
+        query, key, value, mask, output, logsumexp = ctx.saved_tensors
+        given = ctx.options if mask is None else ctx.options | {"mask": mask}
+        *grads, grad_mask = backward(
+            ctx.library, grad_output, grad_logsumexp, query, key, value, output, logsumexp, **given
+        )
+        return *grads, None if grad_mask is None else grad_mask.to(mask.dtype), None, None
+
+
+def attention(library, query, key, value, *, mask=None, **options):
+    """Output and logsumexp, differentiable, as lmengine.ops.attention with the cuda backend."""
+    return Attention.apply(query, key, value, mask, library, options)

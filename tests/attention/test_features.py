@@ -109,14 +109,12 @@ def results(function, tensors, options, grads):
     return [outputs[0], outputs[1].detach(), *torch.autograd.grad((outputs[0], finite), wanted, grads)]
 
 
-def check_right(tensors, options, backend, tiny=4e-6):
+def check_function(function, tensors, options, tiny=4e-6):
+    """Holds outputs and gradients of a function of query, key, value and options against the reference's."""
     device = tensors[0].device
     batch, heads, queries, _ = tensors[0].shape
     grads = [torch.randn(batch, heads, queries, tensors[2].shape[3], device=device), torch.randn(batch, heads, queries, device=device)]  # fmt: skip
-    with lmengine.use_backend(backend):
-        ours = results(
-            lambda *args, **kw: attention(*args, return_logsumexp=True, **kw), tensors, moved(options, device), grads
-        )
+    ours = results(function, tensors, moved(options, device), grads)
     theirs = results(reference, tensors, moved(options, device), grads)
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     right = results(reference, wide, moved(options, device, torch.float64), grads)
@@ -125,6 +123,14 @@ def check_right(tensors, options, backend, tiny=4e-6):
         largest = ref[ref.isfinite()].abs().max().item() if ref.isfinite().any() else 1.0
         bound = tolerance(tensors[0].dtype, tiny) * max(1.0, largest)
         assert_right(mine, other.to(mine.dtype), ref, tiny=bound, name=name)
+
+
+def check_right(tensors, options, backend, tiny=4e-6):
+    def function(*args, **kwargs):
+        with lmengine.use_backend(backend):
+            return attention(*args, return_logsumexp=True, **kwargs)
+
+    check_function(function, tensors, options, tiny)
 
 
 def features_of(tensors, options):
