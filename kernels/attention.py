@@ -362,7 +362,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "window_left": 100, "window_right": 0, "bottom_right": True, "prefix_lengths": torch.int32,
         "key_lengths": torch.int32, "cu_seqlens_q": torch.int32, "cu_seqlens_k": torch.int32,
     },
+    "ALiBi": {"window_right": 0, "alibi_slopes": torch.float32},
+    "softcap": {"window_left": 100, "window_right": 0, "softcap": 50.0},
+    "dropout": {"window_right": 0, "dropout_p": 0.1, "seed": torch.int64},
     "boolean": {"mask": torch.bool, "dropout_p": 0.1, "seed": torch.int64},
+    "additive": {"mask": torch.float32, "needs_grad_mask": True},
     "everything": {
         "window_left": 100, "window_right": 0, "prefix_lengths": torch.int32, "key_lengths": torch.int32,
         "mask": torch.float32, "alibi_slopes": torch.float32, "softcap": 30.0, "dropout_p": 0.1, "seed": torch.int64,
@@ -372,13 +376,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def launches(
-    kind: dict[str, Any], head_dim: int, dtype: torch.dtype, architecture: int, length: int = 1000
+    kind: dict[str, Any], head_dim: int, dtype: torch.dtype, architecture: int, length: int = 1000, device: str = "meta"
 ) -> dict[str, Launch]:
-    """The launches of a kind of call, by kernel, on tensors without memory."""
+    """The launches of a kind of call, by kernel, on tensors that hold nothing."""
     batch, heads, groups = 2, 8, kind.get("groups", 1)
 
     def empty(*sizes, dtype=dtype):
-        return torch.empty(sizes, dtype=dtype, device="meta")
+        return torch.empty(sizes, dtype=dtype, device=device)
 
     packed = "cu_seqlens_q" in kind
     query, output = (empty(1 if packed else batch, length, heads, head_dim).transpose(1, 2) for _ in range(2))

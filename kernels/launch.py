@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,8 @@ class Launch:
     Attributes:
         block: the name of the constexpr that is a block's size.
         arguments: all but those of the configurations, by name; None for what the call lacks.
-        configurations: tile sizes, num_warps and num_stages, by name. The first is taken where there is no time to
-            try them: in the interpreter, in a graph capture, and for a kernel that adds to memory.
+        configurations: tile sizes, num_warps and num_stages, by name. The first is taken where they cannot be tried:
+            without a GPU, in a graph capture, and for a kernel that adds to memory.
         descriptors: where arguments has TMA, the arguments of four dimensions that become tensor descriptors, and the
             constexprs that are the rows and columns of their blocks.
         again: whether the kernel may run twice with the same result.
@@ -45,7 +44,8 @@ class Launch:
 
     def run(self) -> None:
         if self.length * self.copies:
-            self.run_with(self.configuration())
+            with torch.cuda.device_of(next(a for a in self.arguments.values() if isinstance(a, torch.Tensor))):
+                self.run_with(self.configuration())
 
     def run_with(self, configuration: dict[str, Any]) -> None:
         grid = triton.cdiv(self.length, configuration[self.block]) * self.copies
@@ -64,9 +64,10 @@ class Launch:
     def configuration(self) -> dict[str, Any]:
         """The fastest configuration, measured at the first call of a kind; the batch is not part of the kind."""
         first = self.configurations[0]
-        if len(self.configurations) == 1 or not self.again or os.environ.get("TRITON_INTERPRET") == "1":
+        if len(self.configurations) == 1 or not self.again or not torch.cuda.is_available():
             return first
-        kind = (self.kernel, torch.cuda.current_device(), self.length >= 1024, *map(kind_of, self.arguments.values()))
+        arguments = (kind_of(name, value) for name, value in self.arguments.items())
+        kind = (self.kernel, torch.cuda.current_device(), self.length >= 1024, *arguments)
         if kind not in _chosen:
             if torch.cuda.is_current_stream_capturing():
                 return first
@@ -104,8 +105,8 @@ class Launch:
         )  # fmt: skip
 
 
-def kind_of(argument: Any) -> Any:
-    """What Triton compiles anew for, and no more: tensors by dtype, numbers by their being there."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype
-    return argument if isinstance(argument, str | bool) or argument is None else type(argument)
+def kind_of(name: str, value: Any) -> Any:
+    """What a kernel is compiled anew for, and no more: constexprs, a tensor's dtype, and whether a number is there."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value if name.isupper() else value is None
