@@ -294,10 +294,9 @@ TRITON = [parameter for parameter in BACKENDS if parameter.values[0] == "triton"
 @pytest.mark.parametrize(
     ("case", "shape"),
     [
-        ("full", (130, 70, 4, 32, 32)),
-        ("causal", (70, 130, 2, 64, 40)),
-        ("window", (99, 130, 1, 24, 32)),
-        ("prefix", (130, 131, 4, 40, 16)),
+        ("full", (70, 50, 4, 32, 32)),
+        ("causal, bottom right", (40, 130, 2, 64, 40)),
+        ("prefix", (70, 71, 1, 40, 16)),
     ],
 )
 def test_tensor_descriptors(backend, case, shape, monkeypatch):
@@ -342,9 +341,8 @@ def test_a_deterministic_gradient_of_a_mask_that_broadcasts(backend):
 )
 def test_several_blocks(backend, options):
     """Whole blocks and partly visible ones, with a gap between the prefix and the window."""
-    for queries, keys in ((200, 260), (260, 200)):
-        tensors = inputs(queries, keys, 4, 32, 32, torch.float16, device_of(backend))
-        check_or_refused(backend, tensors, options)
+    tensors = inputs(200, 150, 1, 32, 32, torch.float16, device_of(backend))
+    check_or_refused(backend, tensors, options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
