@@ -17,9 +17,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// Declares `unsigned char* name`: the block's dynamic shared memory, 128-byte aligned.
-#define LMENGINE_SHARED_MEMORY(name)                                               \
-  extern __shared__ __align__(128) unsigned char lmengine_dynamic_shared_memory[]; \
+// Declares `unsigned char* name`: the block's dynamic shared memory, 1024-byte aligned, which the
+// tensor memory accelerator's tiles need.
+#define LMENGINE_SHARED_MEMORY(name)                                                \
+  extern __shared__ __align__(1024) unsigned char lmengine_dynamic_shared_memory[]; \
   unsigned char* name = lmengine_dynamic_shared_memory
 
 namespace lmengine::cuda {

@@ -64,11 +64,17 @@ def build(family: str, sources: Sequence[Path] | None = None, kind: str = "memor
     library = folder / f"{family}.{kind}.so"
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other pytest processes build the same
-        objects = {FOLDER / "emulation.cpp": folder / f"{family}.{kind}.emulation.o"}
-        objects |= {source: folder / f"{family}.{kind}.{source.name}.o" for source in sources}
+        emulation = [FOLDER / "emulation.cpp"]
+        if any(source.stem.endswith("_sm90") for source in sources):
+            emulation.append(FOLDER / "emulation_sm90.cpp")
+        objects = {source: folder / f"{family}.{kind}.{source.name}.o" for source in [*emulation, *sources]}
         changed = [
-            _compile(source, target, f"{EMULATION} {DEFINES[kind]}" if index == 0 else f"{KERNELS} {SANITIZERS[kind]}")
-            for index, (source, target) in enumerate(objects.items())
+            _compile(
+                source,
+                target,
+                f"{EMULATION} {DEFINES[kind]}" if source in emulation else f"{KERNELS} {SANITIZERS[kind]}",
+            )
+            for source, target in objects.items()
         ]
         if any(changed) or not library.exists():
             fresh = folder / f"{family}.{kind}.{os.getpid()}.so"

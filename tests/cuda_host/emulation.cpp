@@ -100,6 +100,7 @@ struct Block {
 // What orders memory accesses, said to ThreadSanitizer: what was done before release(x) comes
 // before what is done after acquire(x). Nothing else orders them, so two threads' accesses between
 // barriers are a race.
+}  // namespace
 #ifdef LMENGINE_TSAN
 void release(void* order) { __tsan_release(order); }
 void acquire(void* order) { __tsan_acquire(order); }
@@ -107,6 +108,7 @@ void acquire(void* order) { __tsan_acquire(order); }
 void release(void*) {}
 void acquire(void*) {}
 #endif
+namespace {
 char start_order, end_order, fence_order;
 void* scheduler_tsan = nullptr;
 
@@ -236,6 +238,7 @@ void fill(Block& block, uint3 index, size_t first_slot) {
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     prepare(fiber, slot_number(first_slot + i));
   }
+  if (on_block_start) on_block_start(block.shared, shared_size, static_cast<int>(threads));
 }
 
 [[noreturn]] void deadlock(const std::vector<Block>& blocks) {
@@ -287,9 +290,11 @@ void run_blocks(std::vector<Block>& blocks) {
         left -= fiber.state == State::exited;
       }
     }
+    if (!worked && on_idle) worked = on_idle();
     idle = worked ? 0 : idle + 1;
-    if (!ran || idle > kIdlePasses) deadlock(blocks);
+    if ((!ran && !worked) || idle > kIdlePasses) deadlock(blocks);
   }
+  if (on_blocks_end) on_blocks_end();
 }
 
 }  // namespace
@@ -371,6 +376,8 @@ void spin() { suspend(State::spinning); }
 
 unsigned char* shared_memory() { return current->block->shared; }
 
+int thread_index() { return current->index; }
+
 void check_shared(const void* address, size_t bytes, const char* name, const Location& where) {
   const unsigned char* begin = current->block->shared;
   const unsigned char* wanted = static_cast<const unsigned char*>(address);
@@ -417,9 +424,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
     fail("kernel launch: a block has 1 to 1024 threads");
   if (!count || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
     fail("kernel launch: invalid grid size");
-  if (shared_bytes > 163 * 1024)
+  if (shared_bytes > shared_memory_limit)
     fail("kernel launch: " + std::to_string(shared_bytes) +
-         " bytes of shared memory, an sm_80 block has 166912");
+         " bytes of shared memory, a block has " + std::to_string(shared_memory_limit));
   const size_t resident = cooperative ? count : 1;
   if (resident > 16) fail("cooperative kernel launch: more blocks than are resident at a time");
   thread_body = &thread;
@@ -434,7 +441,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
   for (std::vector<Block>& set : sets) {
     for (Block& member : set) {
       void* allocated = nullptr;
-      if (posix_memalign(&allocated, 128, shared_bytes))
+      if (posix_memalign(&allocated, 1024, shared_bytes))
         fail("no memory for the blocks' shared memory");
       member.shared = static_cast<unsigned char*>(allocated);
     }

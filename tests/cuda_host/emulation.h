@@ -27,6 +27,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 
 using cudaStream_t = struct lmengine_emulated_stream*;
@@ -59,7 +60,25 @@ void thread_fence();
 // Lets all other threads run before this one goes on: for loops that wait for another block.
 void spin();
 
+// Tells ThreadSanitizer that what was done before release(x) comes before what is done after
+// acquire(x).
+void release(void* order);
+void acquire(void* order);
+
+// Of the block of the running thread; its number in the block.
 unsigned char* shared_memory();
+int thread_index();
+
+// Bytes of shared memory that a block may have: of sm_80, or of sm_90 where a library holds kernels
+// for it.
+inline size_t shared_memory_limit = 163 * 1024;
+
+// What emulation_sm90.cpp has to know: a block begins; no thread can go on, so that something under
+// way has to arrive (false if nothing is); all threads of the resident blocks have returned.
+inline void (*on_block_start)(unsigned char* shared, size_t bytes, int threads) = nullptr;
+inline bool (*on_idle)() = nullptr;
+inline void (*on_blocks_end)() = nullptr;
+
 void check_shared(const void* address, size_t bytes, const char* name, const Location& where);
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
@@ -86,7 +105,7 @@ namespace lmengine::cuda {
 
 inline int multiprocessors() { return 4; }
 
-inline int shared_memory_per_block() { return 163 * 1024; }
+inline int shared_memory_per_block() { return static_cast<int>(emulation::shared_memory_limit); }
 
 template <class... Parameters>
 inline int blocks_per_multiprocessor(void (*)(Parameters...), int, size_t) {
