@@ -22,4 +22,7 @@ void attention_backward_cuda(const AttentionParameters& p, cudaStream_t stream);
 // Part of it: writes grad_mask, out of delta.
 void attention_mask_gradient_cuda(const AttentionParameters& p, cudaStream_t stream);
 
+// The forward for Hopper.
+void attention_forward_sm90(const AttentionParameters& p, cudaStream_t stream);
+
 }  // namespace lmengine

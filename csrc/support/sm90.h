@@ -27,14 +27,15 @@ __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 // Arrives, and makes the phase wait for so many bytes more.
 __device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Waits until the phase of this parity has ended. That of parity 1 counts as ended at the start.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
@@ -81,25 +82,25 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// wgmma<columns, T, ...>(d, a, b, accumulate): d = a b, or d += a b, in the background, for a (64, 16) and
-// b (16, columns) and d in float. Warp w of the group has rows 16 w to 16 w + 15, of which a lane
-// holds, with group = lane / 4 and pair = 2 * (lane % 4),
+// wgmma<columns, T, ...>(d, a, b, accumulate): d = a b, or d += a b, in the background, for a (64,
+// 16) and b (16, columns) and d in float. Warp w of the group has rows 16 w to 16 w + 15, of which
+// a lane holds, with group = lane / 4 and pair = 2 * (lane % 4),
 //   d[4 j..] columns 8 j + pair, + 1 of row `group`, then of row `group` + 8
 //   a[..]    as mma_m16n8k16 does; or a is a descriptor of a tile in shared memory
 // b is a descriptor; `transposed`: not k but the other dimension is contiguous in the tile.
-#define LMENGINE_NAMES0 \
+#define LMENGINE_NAMES0                                                                    \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
   "%24,%25,%26,%27,%28,%29,%30,%31"
-#define LMENGINE_NAMES1 \
+#define LMENGINE_NAMES1                                                                  \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define LMENGINE_NAMES2 \
+#define LMENGINE_NAMES2                                                                  \
   "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84," \
   "%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define LMENGINE_NAMES3 \
+#define LMENGINE_NAMES3                                                                    \
   "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113," \
   "%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define LMENGINE_D8(i)                                                                     \
+#define LMENGINE_D8(i)                                                                        \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LMENGINE_D32(i) LMENGINE_D8(i), LMENGINE_D8(i + 8), LMENGINE_D8(i + 16), LMENGINE_D8(i + 24)
@@ -107,40 +108,41 @@ __device__ __forceinline__ void wgmma_wait() {
 #define LMENGINE_D128(i) LMENGINE_D64(i), LMENGINE_D64(i + 64)
 
 // With a in registers and in shared memory; o0 to o6 are the numbers of the operands behind d.
-#define LMENGINE_WGMMA_RS(n, type, names, D, o0, o1, o2, o3, o4, o5, o6)                       \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o5 ", 0;\n"                                 \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, {" \
-               o0 "," o1 "," o2 "," o3 "}, " o4 ", p, 1, 1, " o6 ";\n}"                         \
-               : D(0)                                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),     \
+#define LMENGINE_WGMMA_RS(n, type, names, D, o0, o1, o2, o3, o4, o5, o6)                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o5                                      \
+               ", 0;\n"                                                                    \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names  \
+               "}, {" o0 "," o1 "," o2 "," o3 "}, " o4 ", p, 1, 1, " o6 ";\n}"             \
+               : D(0)                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), \
                  "n"(int(b_transposed)));
-#define LMENGINE_WGMMA_SS(n, type, names, D, o0, o1, o2, o3, o4, o5, o6)                         \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o2 ", 0;\n"                                 \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, " \
-               o0 ", " o1 ", p, 1, 1, " o3 ", " o4 ";\n}"                                       \
-               : D(0)                                                                          \
-               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(a_transposed)),                 \
+#define LMENGINE_WGMMA_SS(n, type, names, D, o0, o1, o2, o3, o4, o5, o6)                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o2                                              \
+               ", 0;\n"                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" names "}, " o0 \
+               ", " o1 ", p, 1, 1, " o3 ", " o4 ";\n}"                                             \
+               : D(0)                                                                              \
+               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(a_transposed)),                     \
                  "n"(int(b_transposed)));
 
-#define LMENGINE_WGMMA_TYPES(WGMMA, n, ...)     \
-  if constexpr (columns == n) {                 \
-    if constexpr (std::is_same_v<T, __half>) {  \
-      WGMMA(n, "f16", __VA_ARGS__)              \
-    } else {                                    \
-      WGMMA(n, "bf16", __VA_ARGS__)             \
-    }                                           \
+#define LMENGINE_WGMMA_TYPES(WGMMA, n, ...)    \
+  if constexpr (columns == n) {                \
+    if constexpr (std::is_same_v<T, __half>) { \
+      WGMMA(n, "f16", __VA_ARGS__)             \
+    } else {                                   \
+      WGMMA(n, "bf16", __VA_ARGS__)            \
+    }                                          \
   }
 
-#define LMENGINE_WGMMA_COLUMNS(WGMMA)                                                         \
-  static_assert(columns == 64 || columns == 128 || columns == 256);                           \
-  LMENGINE_WGMMA_TYPES(WGMMA, 64, LMENGINE_NAMES0, LMENGINE_D32, "%32", "%33", "%34", "%35",  \
-                       "%36", "%37", "%38")                                                   \
-  LMENGINE_WGMMA_TYPES(WGMMA, 128, LMENGINE_NAMES0 "," LMENGINE_NAMES1, LMENGINE_D64, "%64",  \
-                       "%65", "%66", "%67", "%68", "%69", "%70")                              \
-  LMENGINE_WGMMA_TYPES(WGMMA, 256,                                                            \
-                       LMENGINE_NAMES0 "," LMENGINE_NAMES1 "," LMENGINE_NAMES2                \
-                                       "," LMENGINE_NAMES3,                                   \
-                       LMENGINE_D128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+#define LMENGINE_WGMMA_COLUMNS(WGMMA)                                                          \
+  static_assert(columns == 64 || columns == 128 || columns == 256);                            \
+  LMENGINE_WGMMA_TYPES(WGMMA, 64, LMENGINE_NAMES0, LMENGINE_D32, "%32", "%33", "%34", "%35",   \
+                       "%36", "%37", "%38")                                                    \
+  LMENGINE_WGMMA_TYPES(WGMMA, 128, LMENGINE_NAMES0 "," LMENGINE_NAMES1, LMENGINE_D64, "%64",   \
+                       "%65", "%66", "%67", "%68", "%69", "%70")                               \
+  LMENGINE_WGMMA_TYPES(                                                                        \
+      WGMMA, 256, LMENGINE_NAMES0 "," LMENGINE_NAMES1 "," LMENGINE_NAMES2 "," LMENGINE_NAMES3, \
+      LMENGINE_D128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 template <int columns, class T, bool b_transposed>
 __device__ __forceinline__ void wgmma(float (&d)[columns / 2], const uint32_t (&a)[4], uint64_t b,
@@ -150,9 +152,7 @@ __device__ __forceinline__ void wgmma(float (&d)[columns / 2], const uint32_t (&
 
 template <int columns, class T, bool a_transposed, bool b_transposed>
 __device__ __forceinline__ void wgmma(float (&d)[columns / 2], uint64_t a, uint64_t b,
-                                      bool accumulate) {
-  LMENGINE_WGMMA_COLUMNS(LMENGINE_WGMMA_SS)
-}
+                                      bool accumulate){LMENGINE_WGMMA_COLUMNS(LMENGINE_WGMMA_SS)}
 
 // ---- warps -------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ TensorMap tensor_map(const void* data, bool is_half, int64_t batch, int64_t head
   const int64_t steps[3] = {row_stride, head_stride, batch_stride};
   uint64_t strides[3];
   // the stride of a dimension of size 1 may be anything
-  for (int d = 0; d < 3; ++d) strides[d] = sizes[d + 1] == 1 ? 16 : static_cast<uint64_t>(steps[d]) * 2;
+  for (int d = 0; d < 3; ++d)
+    strides[d] = sizes[d + 1] == 1 ? 16 : static_cast<uint64_t>(steps[d]) * 2;
   const uint32_t box[4] = {64, static_cast<uint32_t>(rows), 1, 1};
   TensorMap map;
 #ifdef LMENGINE_HOST_EMULATION

@@ -46,7 +46,8 @@ void tell_read(void*, size_t) {}
 #endif
 
 constexpr uint32_t kReserved = 1024;  // shared memory that CUDA keeps at the beginning
-constexpr uint32_t kInFlight = 0x7fedcba9;  // a NaN that nobody computes
+// a signalling NaN: arithmetic on it changes its bits
+constexpr uint32_t kInFlight = 0x7fadcba9;
 
 struct Tile {
   unsigned char* destination;
@@ -245,7 +246,7 @@ void tile_later(void* shared, std::string bytes, uint64_t* barrier, const Locati
     std::memcpy(lines.data() + swizzled(address + i) - address, bytes.data() + i, 16);
   std::memset(shared, 0xff, bytes.size());
   std::memset(block.proxy.data() + (to - shared_memory()), 0xff, bytes.size());
-  
+
   release(barrier);
   block.tiles.push_back({to, std::move(lines), barrier});
 }
@@ -279,9 +280,9 @@ class Operand {
   }
 
   uint16_t at(const BlockState& block, int row, int k) const {
-    const uint32_t offset =
-        transposed_ ? row / 64 * leading_ + k / 8 * stride_ + k % 8 * 128 + row % 64 * 2
-                    : row / 8 * stride_ + row % 8 * 128 + k * 2;
+    const uint32_t offset = transposed_
+                                ? row / 64 * leading_ + k / 8 * stride_ + k % 8 * 128 + row % 64 * 2
+                                : row / 8 * stride_ + row % 8 * 128 + k * 2;
     const uint32_t address = swizzled(start_ + offset) - kReserved;
     if (address + 2 > block.shared_bytes)
       fail("wgmma: the descriptor leads outside the block's shared memory", &where_);
@@ -294,9 +295,8 @@ class Operand {
   void tell(unsigned char* shared, int first, int count) const {
     for (int row = first; row < first + count; row += transposed_ ? 64 : 1)
       for (int k = 0; k < (transposed_ ? 16 : 1); ++k) {
-        const uint32_t offset =
-            transposed_ ? row / 64 * leading_ + k / 8 * stride_ + k % 8 * 128
-                        : row / 8 * stride_ + row % 8 * 128;
+        const uint32_t offset = transposed_ ? row / 64 * leading_ + k / 8 * stride_ + k % 8 * 128
+                                            : row / 8 * stride_ + row % 8 * 128;
         tell_read(shared + ((start_ + offset) & ~127u) - kReserved, 128);
       }
   }

@@ -98,14 +98,14 @@ __global__ void product(const __grid_constant__ TensorMap a_map,
   const uint64_t right = lmengine::tile_descriptor(b_tile, b_rows, b_transposed);
   if (fault != kNoFence) lmengine::wgmma_fence();
   for (int k = 0; k < 8; ++k) {
-    const uint64_t b_at = b_transposed ? lmengine::along_rows(right, 16 * k)
-                                       : lmengine::along_dim(right, b_rows, k);
+    const uint64_t b_at =
+        b_transposed ? lmengine::along_rows(right, 16 * k) : lmengine::along_dim(right, b_rows, k);
     if constexpr (registers) {
       lmengine::wgmma<columns, T, b_transposed>(d, fragments[k], b_at,
                                                 fault == kOtherProduct && warp == 1 ? true : k > 0);
     } else {
-      const uint64_t a_at = a_transposed ? lmengine::along_rows(left, 16 * k)
-                                         : lmengine::along_dim(left, a_rows, k);
+      const uint64_t a_at =
+          a_transposed ? lmengine::along_rows(left, 16 * k) : lmengine::along_dim(left, a_rows, k);
       lmengine::wgmma<columns, T, a_transposed, b_transposed>(d, a_at, b_at, k > 0);
     }
   }
@@ -171,9 +171,9 @@ void run_tile(const __half* in, unsigned char* out, int64_t batch, int64_t heads
               int64_t dim, int64_t gap, int64_t rows, int64_t x, int64_t row, int64_t head,
               int64_t batch_index, int64_t fault) {
   const int64_t step = dim + gap;
-  const TensorMap map = lmengine::tensor_map(in, true, batch, heads, length, static_cast<int>(dim),
-                                             heads * length * step, length * step, step,
-                                             static_cast<int>(rows));
+  const TensorMap map =
+      lmengine::tensor_map(in, true, batch, heads, length, static_cast<int>(dim),
+                           heads * length * step, length * step, step, static_cast<int>(rows));
   launch(tile, 1, 64, static_cast<size_t>(rows * 128 + 136), nullptr, map, out, rows, x, row, head,
          batch_index, static_cast<Fault>(fault));
 }

@@ -1,0 +1,182 @@
+"""Attention's sm_90 kernels on the CPU, on the emulation of TMA and wgmma, against float64 beside PyTorch's own."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmengine.ops.attention_reference import reference
+from tests import cuda_host
+from tests.attention.test_attention import tolerance
+from tests.numerics import assert_right
+
+TYPES = {torch.bfloat16: 1, torch.float16: 2}
+FOLDER = cuda_host.ROOT / "csrc"
+SOURCES = [
+    *sorted((FOLDER / "attention").glob("*_sm90.cu")),
+    FOLDER / "support" / "tensor_map_sm90.cu",
+    cuda_host.ROOT / "tests" / "attention" / "cuda_host_sm90.cpp",
+]
+
+
+@pytest.fixture(scope="module")
+def memory_library():
+    return cuda_host.build("attention_sm90", SOURCES)
+
+
+@pytest.fixture(scope="module")
+def races_library():
+    return cuda_host.build("attention_sm90", SOURCES, kind="races")
+
+
+@dataclass(frozen=True)
+class Case:
+    """B, N, M, Q, K, D, E as in the reference; the last three change what a query sees."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    dim: int
+    value_dim: int
+    gap: int = 0
+    window_right: int = -1
+    bottom_right: bool = False
+
+    def tensors(self, dtype, magnitude=1.0):
+        """query, key, value, grad_output (B, heads, length, dim), laid out as (B, length, heads, dim + gap)."""
+        made = []
+        for heads, length, dim in (
+            (self.heads, self.queries, self.dim),
+            (self.kv_heads, self.keys, self.dim),
+            (self.kv_heads, self.keys, self.value_dim),
+            (self.heads, self.queries, self.value_dim),
+        ):
+            wide = (torch.randn(self.batch, length, heads, dim + self.gap) * magnitude).to(dtype)
+            made.append(wide[..., :dim].transpose(1, 2))
+        return made
+
+    def numbers(self, dtype, scale):
+        sizes = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.dim, self.value_dim, self.gap)
+        return (TYPES[dtype], *sizes, self.window_right, int(self.bottom_right), float(scale))
+
+    def seen(self):
+        shift = self.window_right + (self.keys - self.queries if self.bottom_right else 0)
+        every = torch.ones(self.queries, self.keys, dtype=torch.bool)
+        return every if self.window_right < 0 else every.tril(shift)
+
+
+def widened(tensor, gap):
+    """The memory of a tensor of Case.tensors, as (B, length, heads, dim + gap)."""
+    return F.pad(tensor.transpose(1, 2), (0, gap), value=torch.nan).contiguous()
+
+
+def kernels(library, case, tensors, scale):
+    """output and logsumexp of the CUDA kernels."""
+    dtype = tensors[0].dtype
+    query, key, value = (widened(tensor.detach(), case.gap) for tensor in tensors[:3])
+    # what the kernels may not write keeps its value
+    wide = torch.full((case.batch, case.queries, case.heads, case.value_dim + case.gap), 7, dtype=dtype)
+    outputs = {"output": wide, "logsumexp": ((case.batch, case.heads, case.queries), torch.float32)}
+    inputs = {"query": query, "key": key, "value": value}
+    done = cuda_host.run(library, "attention_forward", inputs, outputs, *case.numbers(dtype, scale))
+    assert (done["output"][..., case.value_dim :] == 7).all()
+    return [done["output"][..., : case.value_dim].transpose(1, 2), done["logsumexp"]]
+
+
+def check_right(library, case, dtype, scale=None, magnitude=1.0):
+    tensors = case.tensors(dtype, magnitude)
+    scale = case.dim**-0.5 if scale is None else scale
+    output, logsumexp = kernels(library, case, tensors, scale)
+    seen = case.seen()
+
+    def theirs(query, key, value):
+        key, value = (tensor.repeat_interleave(case.heads // case.kv_heads, 1) for tensor in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+
+    right, right_logsumexp = reference(
+        *(tensor.double() for tensor in tensors[:3]),
+        scale=scale,
+        window_size=(-1, case.window_right),
+        bottom_right=case.bottom_right,
+    )
+    tiny = tolerance(dtype) * max(1.0, right.abs().max().item())
+    assert_right(output, theirs(*tensors[:3]).nan_to_num(0.0), right, tiny=tiny)
+    torch.testing.assert_close(logsumexp.double(), right_logsumexp, rtol=1e-5, atol=1e-5)
+
+
+FULL = [
+    Case(1, 1, 1, 200, 150, 64, 64),  # two blocks of queries, the second with one warp group's worth
+    Case(2, 2, 1, 65, 300, 40, 40, gap=8),
+    Case(1, 1, 1, 140, 390, 128, 128),
+    Case(1, 2, 2, 67, 35, 96, 80),
+    Case(1, 1, 1, 130, 200, 256, 256),
+    Case(1, 1, 1, 30, 140, 192, 128),
+]
+MASKED = [
+    Case(1, 2, 1, 420, 420, 64, 64, window_right=0),
+    Case(1, 1, 1, 300, 300, 128, 128, window_right=0),
+    Case(1, 1, 1, 150, 310, 128, 128, window_right=0, bottom_right=True),
+    Case(1, 1, 1, 310, 150, 64, 64, window_right=0, bottom_right=True),  # the first queries see no key
+    Case(1, 3, 1, 140, 140, 256, 256, window_right=0, gap=16),
+    Case(1, 1, 1, 200, 200, 72, 72, window_right=70),
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", [*FULL, *MASKED], ids=str)
+def test_output(memory_library, case, dtype):
+    check_right(memory_library, case, dtype)
+
+
+@pytest.mark.parametrize("window_right", [-1, 0])
+def test_many_tiles_for_each_block(memory_library, window_right):
+    """The emulation has four multiprocessors: rounds go forwards and backwards."""
+    check_right(memory_library, Case(2, 4, 2, 390, 270, 64, 64, window_right=window_right), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 200), (200, 1)])
+@pytest.mark.parametrize("window_right", [-1, 0])
+def test_length_one(memory_library, queries, keys, window_right):
+    check_right(memory_library, Case(1, 2, 1, queries, keys, 64, 64, window_right=window_right), torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 5, 5), (1, 2, 1, 0, 5), (1, 2, 1, 5, 0)], ids=str)
+def test_empty_dimensions(memory_library, shape):
+    case = Case(*shape, 64, 64)
+    output, logsumexp = kernels(memory_library, case, case.tensors(torch.bfloat16), 0.25)
+    assert (output == 0).all()  # a query without keys gives 0
+    assert (logsumexp == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_large_magnitudes_neither_overflow_nor_lose_rows(memory_library, dtype):
+    case = Case(1, 1, 1, 70, 200, 64, 64, window_right=0)
+    check_right(memory_library, case, dtype, magnitude=6.0)
+    tensors = case.tensors(dtype, magnitude=1e4)
+    output, logsumexp = kernels(memory_library, case, tensors, 1.0)
+    assert output.isfinite().all() and logsumexp.isfinite().all()
+    # each row is a mean of values: scores this far apart leave one of them
+    nearest = (output[0, 0, :, None].double() - tensors[2][0, 0, None].double()).abs().sum(-1).min(1).values
+    assert (nearest <= 1e-2 * tensors[2].double().abs().sum(-1).max()).all()
+
+
+def test_a_nan_stays_in_its_row_and_is_not_hidden(memory_library):
+    case = Case(2, 1, 1, 140, 140, 64, 64, window_right=0)
+    tensors = case.tensors(torch.bfloat16)
+    tensors[0][0, 0, 30, 3] = torch.nan
+    tensors[2][1, 0, 139] = torch.nan  # seen by the last query of the second sequence only
+    output, logsumexp = kernels(memory_library, case, tensors, 0.2)
+    hit = torch.zeros(2, 140, dtype=torch.bool)
+    hit[0, 30] = True
+    assert torch.equal(logsumexp[:, 0].isnan(), hit)
+    assert torch.equal(output[0, 0].isnan().all(-1), hit[0])
+    assert torch.equal(output[0, 0].isnan().any(-1), hit[0])
+    assert output[1, 0, 139].isnan().all()
+
+
+@pytest.mark.parametrize("case", [FULL[0], MASKED[1], MASKED[3], FULL[4]], ids=str)
+def test_no_races(races_library, case):
+    check_right(races_library, case, torch.bfloat16)
