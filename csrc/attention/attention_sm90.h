@@ -13,6 +13,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 #ifdef LMENGINE_HOST_EMULATION
 inline float exp2_approximate(float x) { return exp2f(x); }
 inline float rounded_product(float a, float b) { return a * b; }
+inline float bounded_by_zero(float x) { return x > 0 ? 0 : x; }
 #else
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
@@ -21,6 +22,12 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 }
 // a * b that the compiler does not fuse into a sum.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+// A NaN passes, which fminf would hide.
+__device__ __forceinline__ float bounded_by_zero(float x) {
+  float y;
+  asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
 #endif
 
 // Which keys a query sees, and where the heads of its keys are.

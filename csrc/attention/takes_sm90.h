@@ -1,4 +1,4 @@
-// Which calls of attention go to the kernels of attention_sm90.cu.
+// Which calls of attention go to the kernels for Hopper.
 #pragma once
 
 #include "attention/attention.h"
@@ -15,6 +15,10 @@ inline bool takes_sm90(const AttentionParameters& p, int capability) {
                      p.cu_query == nullptr && p.window_left < 0;
   const bool plain = p.seed == nullptr && p.softcap == 0 && p.scale > 0;
   return capability == 90 && p.type != AttentionType::float32 && shape && masks && plain;
+}
+
+inline bool takes_sm90_backward(const AttentionParameters& p, int capability) {
+  return takes_sm90(p, capability) && p.head_dim <= 128 && p.value_dim <= 128 && !p.deterministic;
 }
 
 }  // namespace lmengine

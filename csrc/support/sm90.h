@@ -61,6 +61,23 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
       : "memory");
 }
 
+// The same for `bytes` that lie one after the other, a multiple of 16 as both addresses are.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, unsigned bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Adds to 4 floats in global memory, 16-byte aligned, each by itself atomically.
+__device__ __forceinline__ void add_to_global(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a),
+               "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
 // Between writes to shared memory by this thread and their use by a product or a copy.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -1,5 +1,6 @@
 // Wraps the launchers of attention's sm_90 kernels for runs on the CPU. Tensors are (batch, length,
 // heads, head_dim + gap), as in cuda_host.cpp.
+#include <memory>
 #include <stdexcept>
 
 #include "attention/attention_cuda.h"
@@ -47,6 +48,25 @@ void attention_forward(void* query, void* key, void* value, void* output, float*
   p.output.data = output;
   p.logsumexp = logsumexp;
   lmengine::attention_forward_sm90(p, nullptr);
+}
+
+void attention_backward(void* query, void* key, void* value, void* output, float* logsumexp,
+                        void* grad_output, float* grad_logsumexp, void* grad_query, void* grad_key,
+                        void* grad_value, int64_t type, int64_t batch, int64_t heads,
+                        int64_t kv_heads, int64_t query_length, int64_t key_length,
+                        int64_t head_dim, int64_t value_dim, int64_t gap, int64_t window_right,
+                        int64_t bottom_right, float scale) {
+  AttentionParameters p =
+      parameters(query, key, value, type, batch, heads, kv_heads, query_length, key_length,
+                 head_dim, value_dim, gap, window_right, bottom_right, scale);
+  if (!takes_sm90_backward(p, 90)) throw std::runtime_error("takes_sm90_backward: false");
+  p.grad_output = p.output, p.grad_query = p.query, p.grad_key = p.key, p.grad_value = p.value;
+  p.output.data = output, p.grad_output.data = grad_output;
+  p.grad_query.data = grad_query, p.grad_key.data = grad_key, p.grad_value.data = grad_value;
+  p.logsumexp = logsumexp, p.grad_logsumexp = grad_logsumexp;
+  const auto size = static_cast<size_t>(lmengine::attention_backward_sm90_workspace(p));
+  const std::unique_ptr<float[]> workspace(new float[size]);
+  lmengine::attention_backward_sm90(p, workspace.get(), nullptr);
 }
 
 }  // extern "C"

@@ -86,24 +86,59 @@ def kernels(library, case, tensors, scale):
     return [done["output"][..., : case.value_dim].transpose(1, 2), done["logsumexp"]]
 
 
-def check_right(library, case, dtype, scale=None, magnitude=1.0):
+def kernels_backward(library, case, tensors, output, logsumexp, grad_logsumexp, scale):
+    """The gradients of query, key and value from the CUDA kernels."""
+    dtype = tensors[0].dtype
+    query, key, value, grad_output, output = (widened(t.detach(), case.gap) for t in (*tensors, output))
+    inputs = {"query": query, "key": key, "value": value, "output": output, "logsumexp": logsumexp}
+    inputs |= {"grad_output": grad_output, "grad_logsumexp": grad_logsumexp}
+    outputs = {f"grad_{name}": torch.full_like(inputs[name], 7) for name in ("query", "key", "value")}
+    # the gradient of queries is a sum of atomics; in 16 bits a sum near the middle is rounded either way
+    numbers = case.numbers(dtype, scale)
+    eps = torch.finfo(dtype).eps
+    found = cuda_host.run(library, "attention_backward", inputs, outputs, *numbers, tolerance=eps)
+    dims = {"grad_query": case.dim, "grad_key": case.dim, "grad_value": case.value_dim}
+    assert all((found[name][..., dim:] == 7).all() for name, dim in dims.items())
+    return [found[name][..., :dim].transpose(1, 2) for name, dim in dims.items()]
+
+
+def check_right(library, case, dtype, scale=None, magnitude=1.0, backward=True, with_logsumexp=False):
     tensors = case.tensors(dtype, magnitude)
     scale = case.dim**-0.5 if scale is None else scale
     output, logsumexp = kernels(library, case, tensors, scale)
     seen = case.seen()
+    grad_logsumexp = torch.randn(logsumexp.shape) if with_logsumexp else None
 
     def theirs(query, key, value):
         key, value = (tensor.repeat_interleave(case.heads // case.kv_heads, 1) for tensor in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+        if grad_logsumexp is None:
+            return output
+        scores = scale * query @ key.transpose(2, 3)
+        return output, scores.masked_fill(~seen, -torch.inf).float().logsumexp(-1)
 
-    right, right_logsumexp = reference(
-        *(tensor.double() for tensor in tensors[:3]),
-        scale=scale,
-        window_size=(-1, case.window_right),
-        bottom_right=case.bottom_right,
-    )
-    tiny = tolerance(dtype) * max(1.0, right.abs().max().item())
-    assert_right(output, theirs(*tensors[:3]).nan_to_num(0.0), right, tiny=tiny)
+    def right(query, key, value):
+        window = (-1, case.window_right)
+        return reference(query, key, value, scale=scale, window_size=window, bottom_right=case.bottom_right)
+
+    def results(function, tensors):
+        *arguments, grad_output = (tensor.detach().clone().requires_grad_() for tensor in tensors)
+        result = function(*arguments)
+        outputs = result if isinstance(result, tuple) else (result,)
+        grads = [grad_output]
+        if len(outputs) == 2:
+            grads.append((torch.zeros_like(logsumexp) if grad_logsumexp is None else grad_logsumexp).to(outputs[1]))
+        found = [outputs[0], *torch.autograd.grad(outputs, arguments, grads)] if backward else [outputs[0]]
+        return [tensor.nan_to_num(0.0) for tensor in found], outputs[-1]
+
+    other, _ = results(theirs, tensors)
+    ref, right_logsumexp = results(right, [tensor.double() for tensor in tensors])
+    mine = [output]
+    if backward:
+        mine += kernels_backward(library, case, tensors, output, logsumexp, grad_logsumexp, scale)
+    for name, a, b, c in zip(("output", "grad_query", "grad_key", "grad_value"), mine, other, ref, strict=False):
+        tiny = tolerance(dtype) * max(1.0, c.abs().max().item())
+        assert_right(a, b, c, tiny=tiny, name=name)
     torch.testing.assert_close(logsumexp.double(), right_logsumexp, rtol=1e-5, atol=1e-5)
 
 
@@ -127,8 +162,13 @@ MASKED = [
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("case", [*FULL, *MASKED], ids=str)
-def test_output(memory_library, case, dtype):
-    check_right(memory_library, case, dtype)
+def test_output_and_gradients(memory_library, case, dtype):
+    check_right(memory_library, case, dtype, backward=max(case.dim, case.value_dim) <= 128)
+
+
+@pytest.mark.parametrize("case", [FULL[0], MASKED[1]], ids=str)
+def test_gradient_of_logsumexp(memory_library, case):
+    check_right(memory_library, case, torch.bfloat16, with_logsumexp=True)
 
 
 @pytest.mark.parametrize("window_right", [-1, 0])
@@ -179,4 +219,4 @@ def test_a_nan_stays_in_its_row_and_is_not_hidden(memory_library):
 
 @pytest.mark.parametrize("case", [FULL[0], MASKED[1], MASKED[3], FULL[4]], ids=str)
 def test_no_races(races_library, case):
-    check_right(races_library, case, torch.bfloat16)
+    check_right(races_library, case, torch.bfloat16, backward=case.dim <= 128)

@@ -229,13 +229,14 @@ void named_barrier(int id, int threads, bool wait, const Location& where) {
 // line's number in its 1024 bytes.
 static uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-void tile_later(void* shared, std::string bytes, uint64_t* barrier, const Location& where) {
+void bytes_later(void* shared, std::string bytes, bool swizzle, uint64_t* barrier,
+                 const Location& where) {
   tell_write(shared, bytes.size());
   const Unwatched unwatched;
   load(barrier, "tma_load", where);
   check_shared(shared, bytes.size(), "tma_load", where);
   const uint32_t address = shared_address(shared);
-  if (address % 1024) fail("tma_load: the tile is not 1024-byte aligned", &where);
+  if (swizzle && address % 1024) fail("tma_load: the tile is not 1024-byte aligned", &where);
   BlockState& block = state();
   auto* to = static_cast<unsigned char*>(shared);
   for (const Tile& other : block.tiles)
@@ -243,7 +244,8 @@ void tile_later(void* shared, std::string bytes, uint64_t* barrier, const Locati
       fail("tma_load: another tile is under way to the same place", &where);
   std::string lines(bytes.size(), '\0');
   for (uint32_t i = 0; i < bytes.size(); i += 16)
-    std::memcpy(lines.data() + swizzled(address + i) - address, bytes.data() + i, 16);
+    std::memcpy(lines.data() + (swizzle ? swizzled(address + i) - address : i), bytes.data() + i,
+                16);
   std::memset(shared, 0xff, bytes.size());
   std::memset(block.proxy.data() + (to - shared_memory()), 0xff, bytes.size());
 

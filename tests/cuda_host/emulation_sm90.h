@@ -33,8 +33,9 @@ void mbarrier_init(uint64_t* barrier, unsigned count, const Location& where);
 void mbarrier_arrive(uint64_t* barrier, unsigned bytes, const Location& where);
 bool mbarrier_test(uint64_t* barrier, unsigned parity, const Location& where);
 
-// A box (rows of row_bytes) whose bytes are known arrives later.
-void tile_later(void* shared, std::string bytes, uint64_t* barrier, const Location& where);
+// Bytes that are known arrive later, those of a tile swizzled.
+void bytes_later(void* shared, std::string bytes, bool swizzle, uint64_t* barrier,
+                 const Location& where);
 
 void fence_async_proxy();
 
@@ -100,7 +101,24 @@ inline void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, int 
     for (size_t byte = 0; byte < element; ++byte)
       bytes[i * element + byte] = static_cast<char>(from[byte]);
   }
-  emulation::tile_later(shared, std::move(bytes), barrier, where);
+  emulation::bytes_later(shared, std::move(bytes), true, barrier, where);
+}
+
+inline void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier,
+                      emulation::Location where = emulation::Location::current()) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 ||
+      bytes % 16)
+    emulation::fail("bulk_load: addresses and bytes have to be multiples of 16", &where);
+  std::string copy(bytes, '\0');
+  for (unsigned i = 0; i < bytes; ++i) copy[i] = static_cast<const char*>(global)[i];
+  emulation::bytes_later(shared, std::move(copy), false, barrier, where);
+}
+
+inline void add_to_global(float* to, float a, float b, float c, float d,
+                          emulation::Location where = emulation::Location::current()) {
+  if (reinterpret_cast<uintptr_t>(to) % 16)
+    emulation::fail("add_to_global: address not 16-byte aligned", &where);
+  atomicAdd(to, a), atomicAdd(to + 1, b), atomicAdd(to + 2, c), atomicAdd(to + 3, d);
 }
 
 inline void fence_async_proxy() { emulation::fence_async_proxy(); }
