@@ -30,6 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "static"
 ARCHITECTURES = (80, 90)
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
+# instructions and where a Reading counts them
+COUNTED = {
+    "LDL": "spills", "STL": "spills", "HMMA": "hmma", "HGMMA": "hgmma", "UTMALDG": "utmaldg",
+    "WARPGROUP.DEPBAR": "waits",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Reading:
         spills: instructions that read or write local memory (LDL, STL): spilled registers and indexed local arrays.
         hmma, hgmma: tensor-core instructions, of a warp and of a warp group.
         utmaldg: loads of a block by a tensor descriptor.
+        waits: waits for a warp group's tensor-core instructions.
         needs_matrix_instructions: whether there must be some.
         error: the compiler's message, where the kernel does not compile.
     """
@@ -56,6 +62,7 @@ class Reading:
     hmma: int = 0
     hgmma: int = 0
     utmaldg: int = 0
+    waits: int = 0
     needs_matrix_instructions: bool = False
     error: str = ""
 
@@ -70,6 +77,8 @@ class Reading:
             broken.append(f"{self.shared} bytes of shared memory, sm_{self.architecture} has {limit}")
         if self.needs_matrix_instructions and not self.hmma + self.hgmma:
             broken.append("no tensor-core instruction, expected some")
+        if self.language == "cuda" and self.waits >= self.hgmma > 1:
+            broken.append(f"{self.waits} waits for {self.hgmma} HGMMA: the compiler has put them one after the other")
         return broken
 
 
@@ -223,7 +232,7 @@ def cuda_object(source: Path) -> Path:
 def cuda_readings(source: Path) -> list[Reading]:
     """Reads every kernel of a compiled .cu file, for every architecture that the object holds.
 
-    A source that calls mma_m16n8k16, or whose family's headers do, must show tensor-core instructions on every
+    A source that calls mma_m16n8k16 or wgmma, or whose family's headers do, must show tensor-core instructions on every
     architecture, in one kernel at least.
     """
     target = cuda_object(source)
@@ -235,7 +244,11 @@ def cuda_readings(source: Path) -> list[Reading]:
         CACHE.mkdir(parents=True, exist_ok=True)
         readings = []
         for architecture, functions in read_object(target).items():
-            missing = "mma_m16n8k16" in with_headers(source) and not any(f["hmma"] for f in functions.values())
+            wanted = {"mma_m16n8k16": "hmma", "wgmma<": "hgmma"}
+            text = with_headers(source)
+            missing = any(
+                call in text and not any(f[kind] for f in functions.values()) for call, kind in wanted.items()
+            )
             for name, numbers in functions.items():
                 readings.append(
                     Reading(
@@ -265,16 +278,15 @@ def read_object(path: Path) -> dict[int, dict[str, dict[str, int]]]:
         elif found := re.match(r"\s*Function (\S+):", line):
             name = found[1]
         elif found := re.match(r"\s*REG:(\d+) STACK:\d+ SHARED:(\d+)", line):
-            numbers = dict(registers=int(found[1]), shared=int(found[2]), spills=0, hmma=0, hgmma=0, utmaldg=0)
+            numbers = dict(registers=int(found[1]), shared=int(found[2]), **dict.fromkeys(COUNTED.values(), 0))
             result.setdefault(architecture, {})[name] = numbers
     for line in sass.splitlines():
         if found := re.match(r"\s*arch = sm_(\d+)", line):
             architecture = int(found[1])
         elif found := re.match(r"\s*Function : (\S+)", line):
             name = found[1]
-        elif found := re.search(r"\b(LDL|STL|HMMA|HGMMA|UTMALDG)\b", line.split(";")[0]):
-            kind = found[1].lower() if found[1] in ("HMMA", "HGMMA", "UTMALDG") else "spills"
-            result[architecture][name][kind] += 1
+        elif found := re.search(rf"\b({'|'.join(COUNTED)})\b", line.split(";")[0]):
+            result[architecture][name][COUNTED[found[1]]] += 1
     names = _demangled([name for functions in result.values() for name in functions])
     return {a: {names[name]: numbers for name, numbers in functions.items()} for a, functions in result.items()}
 

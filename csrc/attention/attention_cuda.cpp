@@ -3,7 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
+
 #include "attention/attention_host.h"
+#include "attention/takes_sm90.h"
 #include "support/stream.h"
 
 namespace lmengine {
@@ -20,6 +23,22 @@ Tensor with_aligned_rows(const Tensor& tensor) {
   Tensor copy = empty_heads_like(tensor);
   torch::stable::copy_(copy, tensor);
   return copy;
+}
+
+// Whether the kernels for Hopper may be taken; lmengine_attention_use_sm90 changes it.
+std::atomic<bool> use_sm90 = true;
+
+// The current device's compute capability, 90 for 9.0; 0 where the kernels for Hopper may not be
+// taken.
+int capability() {
+  int device = 0, major = 0, minor = 0;
+  LMENGINE_CHECK(
+      cudaGetDevice(&device) == cudaSuccess &&
+          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+              cudaSuccess &&
+          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess,
+      "query: the device's compute capability cannot be read");
+  return use_sm90 ? 10 * major + minor : 0;
 }
 
 void check_head_dims(const AttentionParameters& p) {
@@ -44,6 +63,8 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value,
                                  max_key,  window_left,  window_right,   bottom_right,
                                  scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](const AttentionParameters& p, const Tensor& like) {
+    if (takes_sm90(p, capability()))
+      return attention_forward_sm90(p, cuda::current_stream(like.get_device_index()));
     check_head_dims(p);
     attention_forward_cuda(p, cuda::current_stream(like.get_device_index()));
   };
@@ -64,6 +85,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                                  max_key,  window_left,  window_right,   bottom_right,
                                  scale,    softcap,      dropout_p,      deterministic};
   const auto launch = [](AttentionParameters& p, const Tensor& like) {
+    if (takes_sm90_backward(p, capability())) {
+      const Tensor workspace =
+          torch::stable::new_empty(like, {attention_backward_sm90_workspace(p)}, ScalarType::Float);
+      return attention_backward_sm90(p, static_cast<float*>(workspace.data_ptr()),
+                                     cuda::current_stream(like.get_device_index()));
+    }
     check_head_dims(p);
     const Tensor delta =
         torch::stable::new_empty(like, {like.size(0), p.heads, p.query_rows}, ScalarType::Float);
@@ -100,3 +127,9 @@ STABLE_TORCH_LIBRARY_IMPL(lmengine, CUDA, m) {
 }
 
 }  // namespace lmengine
+
+// Whether attention's kernels for Hopper may be taken where they can be, so that tests and
+// benchmarks hold them against the others; returns what it was before.
+extern "C" __attribute__((visibility("default"))) int lmengine_attention_use_sm90(int use) {
+  return lmengine::use_sm90.exchange(use != 0);
+}

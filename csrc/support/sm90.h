@@ -4,15 +4,10 @@
 #pragma once
 
 #include "support/tensor_core.h"
+#include "support/tensor_map.h"
 
-#ifdef LMENGINE_HOST_EMULATION
-#include "cuda_host/emulation_sm90.h"
-#else
-#include <cuda.h>
-
+#ifndef LMENGINE_HOST_EMULATION
 namespace lmengine {
-
-using TensorMap = CUtensorMap;
 
 // ---- barriers in shared memory -----------------------------------------------------------------
 
@@ -196,13 +191,6 @@ __device__ __forceinline__ void set_registers_down() {
 #endif
 
 namespace lmengine {
-
-// The map of a (batch, heads, length, dim) tensor of 16-bit elements, strides in elements, for
-// copies of `rows` rows by 64 elements of dim. Sizes 1 and more; the address and the strides
-// multiples of 16 bytes.
-TensorMap tensor_map(const void* data, bool is_half, int64_t batch, int64_t heads, int64_t length,
-                     int dim, int64_t batch_stride, int64_t head_stride, int64_t row_stride,
-                     int rows);
 
 // A tile as copies of 64 elements by `rows` rows leave it: a panel for every 64 elements of dim,
 // `rows` lines of 128 bytes long, whose 16-byte chunks are permuted by the line's number modulo 8.

@@ -15,7 +15,7 @@ TYPES = {torch.bfloat16: 1, torch.float16: 2}
 FOLDER = cuda_host.ROOT / "csrc"
 SOURCES = [
     *sorted((FOLDER / "attention").glob("*_sm90.cu")),
-    FOLDER / "support" / "tensor_map_sm90.cu",
+    FOLDER / "support" / "tensor_map_cuda.cpp",
     cuda_host.ROOT / "tests" / "attention" / "cuda_host_sm90.cpp",
 ]
 

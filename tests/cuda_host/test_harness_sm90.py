@@ -27,7 +27,7 @@ from tests import cuda_host
 REGISTERS, REGISTERS_B_TRANSPOSED, SHARED, SHARED_B_TRANSPOSED, SHARED_A_TRANSPOSED, SHARED_BOTH = range(6)
 SOURCES = [
     Path(__file__).with_name("selftest_sm90.cu"),
-    cuda_host.ROOT / "csrc" / "support" / "tensor_map_sm90.cu",
+    cuda_host.ROOT / "csrc" / "support" / "tensor_map_cuda.cpp",
 ]
 
 

@@ -75,6 +75,12 @@ def test_limits_are_watched(name, report):
         assert readings[0].hmma > 0 and readings[1].hgmma > 0
 
 
+def test_products_one_after_the_other_are_a_broken_limit():
+    serial = static.Reading("f", "cuda", "f backward", 90, registers=168, hgmma=32, waits=32)
+    assert "one after the other" in serial.broken_limits()[0]
+    assert static.Reading("f", "cuda", "f backward", 90, registers=168, hgmma=32, waits=4).broken_limits() == []
+
+
 def test_table_shows_every_reading():
     readings = [static.Reading("f", "triton", "f forward", 80, registers=64, shared=8192, hmma=16)]
     assert " ".join(static.table(readings).splitlines()[1].split()) == "triton f forward sm_80 64 8192 0 16 0 0"

@@ -1,6 +1,13 @@
 // Tensor maps, which CUDA's driver encodes. It is asked for the function at run time, so that the
 // library is not linked to it and loads on machines without one.
-#include "support/sm90.h"
+#include "support/tensor_map.h"
+
+#include <stdexcept>
+#include <string>
+
+#ifndef LMENGINE_HOST_EMULATION
+#include <cuda_runtime.h>
+#endif
 
 namespace lmengine {
 
@@ -11,9 +18,11 @@ TensorMap tensor_map(const void* data, bool is_half, int64_t batch, int64_t head
                              static_cast<uint64_t>(heads), static_cast<uint64_t>(batch)};
   const int64_t steps[3] = {row_stride, head_stride, batch_stride};
   uint64_t strides[3];
-  // the stride of a dimension of size 1 may be anything
-  for (int d = 0; d < 3; ++d)
-    strides[d] = sizes[d + 1] == 1 ? 16 : static_cast<uint64_t>(steps[d]) * 2;
+  for (int d = 0; d < 3; ++d) {
+    strides[d] = static_cast<uint64_t>(steps[d]) * 2;
+    // the stride of a dimension of size 1 may be anything: as if the tensor were contiguous
+    if (sizes[d + 1] == 1) strides[d] = d == 0 ? sizes[0] * 2 : strides[d - 1] * sizes[d];
+  }
   const uint32_t box[4] = {64, static_cast<uint32_t>(rows), 1, 1};
   TensorMap map;
 #ifdef LMENGINE_HOST_EMULATION
@@ -33,10 +42,9 @@ TensorMap tensor_map(const void* data, bool is_half, int64_t batch, int64_t head
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    cuda::check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                 cudaEnableDefault, &found),
-                "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess)
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                         cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
       throw std::runtime_error("lmengine: the CUDA driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(function);
   }();
