@@ -59,11 +59,11 @@ void attention_backward(void* query, void* key, void* value, void* output, float
   AttentionParameters p =
       parameters(query, key, value, type, batch, heads, kv_heads, query_length, key_length,
                  head_dim, value_dim, gap, window_right, bottom_right, scale);
-  if (!takes_sm90_backward(p, 90)) throw std::runtime_error("takes_sm90_backward: false");
   p.grad_output = p.output, p.grad_query = p.query, p.grad_key = p.key, p.grad_value = p.value;
   p.output.data = output, p.grad_output.data = grad_output;
   p.grad_query.data = grad_query, p.grad_key.data = grad_key, p.grad_value.data = grad_value;
   p.logsumexp = logsumexp, p.grad_logsumexp = grad_logsumexp;
+  if (!takes_sm90_backward(p, 90)) throw std::runtime_error("takes_sm90_backward: false");
   const auto size = static_cast<size_t>(lmengine::attention_backward_sm90_workspace(p));
   const std::unique_ptr<float[]> workspace(new float[size]);
   lmengine::attention_backward_sm90(p, workspace.get(), nullptr);
