@@ -61,7 +61,6 @@ struct AttentionParameters {
   bool deterministic = false;                   // backward only
   float scale = 1, softcap = 0, dropout_p = 0;  // softcap 0: none
   AttentionType type = AttentionType::float32;
-  bool is_causal = false;  // window_right == 0 and nothing else, for kernels that know no more
 };
 
 }  // namespace lmengine

@@ -155,7 +155,6 @@ inline AttentionParameters attention_parameters(const Tensor& query, const Tenso
   p.softcap = static_cast<float>(o.softcap);
   p.dropout_p = static_cast<float>(o.dropout_p);
   p.deterministic = o.deterministic;
-  p.is_causal = p.window_right == 0;
   return p;
 }
 
