@@ -58,8 +58,9 @@ struct AttentionParameters {
   int head_dim = 0, value_dim = 0;
   int64_t window_left = -1, window_right = -1;  // negative: unlimited
   bool bottom_right = false;
-  bool deterministic = false;                   // backward only
-  float scale = 1, softcap = 0, dropout_p = 0;  // softcap 0: none
+  bool deterministic = false;    // backward only
+  float scale = 1, softcap = 0;  // softcap 0: none
+  double dropout_p = 0;
   AttentionType type = AttentionType::float32;
 };
 

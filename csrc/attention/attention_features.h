@@ -234,8 +234,8 @@ struct Features {
   // Whether dropout keeps a weight. `first` is a key of the same block of four whose place among
   // the keys the compiler knows to be that of its neighbour's, so that it computes one for both.
   __device__ __forceinline__ bool keeps(int query, int first, int key_in_block) const {
-    const Words words = philox(seed, static_cast<uint32_t>(first) / 4,
-                               static_cast<uint32_t>(query), index);
+    const Words words =
+        philox(seed, static_cast<uint32_t>(first) / 4, static_cast<uint32_t>(query), index);
     return word_of(words, key_in_block) >= threshold;
   }
 
@@ -252,8 +252,7 @@ struct Features {
     const bool kept = p.seed == nullptr || keeps(query, first, key_in_block);
     weight = kept ? now : 0;
     // a product with a value of infinity counts for nothing where the key is not seen
-    const float grad_score =
-        score == -INFINITY ? 0 : now * ((kept ? grad * factor : 0) - delta);
+    const float grad_score = score == -INFINITY ? 0 : now * ((kept ? grad * factor : 0) - delta);
     grad = grad_score * slope_of_softcap;
     return grad_score;
   }
@@ -264,8 +263,10 @@ struct NoFeatures {};
 template <bool general, class T>
 __device__ __forceinline__ auto features_of(const AttentionParameters& p,
                                             const Limits<general>& limits, int batch, int head) {
-  if constexpr (general) return Features<T>(p, limits, batch, head);
-  else return NoFeatures{};
+  if constexpr (general)
+    return Features<T>(p, limits, batch, head);
+  else
+    return NoFeatures{};
 }
 
 }  // namespace lmengine::attention

@@ -153,7 +153,7 @@ inline AttentionParameters attention_parameters(const Tensor& query, const Tenso
   p.bottom_right = o.bottom_right;
   p.scale = static_cast<float>(o.scale);
   p.softcap = static_cast<float>(o.softcap);
-  p.dropout_p = static_cast<float>(o.dropout_p);
+  p.dropout_p = o.dropout_p;
   p.deterministic = o.deterministic;
   return p;
 }

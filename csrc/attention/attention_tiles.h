@@ -79,8 +79,9 @@ struct GeneralTiles {
 };
 
 struct FloatTiles {
-  using Forward = Table<ForwardTiles<ScalarEngine<64, 64>, 3>, ForwardTiles<ScalarEngine<128, 32>, 2>,
-                        ForwardTiles<ScalarEngine<256, 32>, 2>>;
+  using Forward =
+      Table<ForwardTiles<ScalarEngine<64, 64>, 3>, ForwardTiles<ScalarEngine<128, 32>, 2>,
+            ForwardTiles<ScalarEngine<256, 32>, 2>>;
   using Keys = Table<BackwardTiles<ScalarEngine<64, 32>>, BackwardTiles<ScalarEngine<128, 32>>,
                      BackwardTiles<ScalarEngine<256, 16, 128>, true>>;
   using Queries = Table<BackwardTiles<ScalarEngine<64, 32>>, BackwardTiles<ScalarEngine<128, 32>>,
@@ -88,9 +89,8 @@ struct FloatTiles {
 };
 
 template <class T, bool general>
-using TilesOf =
-    std::conditional_t<std::is_same_v<T, float>, FloatTiles,
-                       std::conditional_t<general, GeneralTiles<T>, PlainTiles<T>>>;
+using TilesOf = std::conditional_t<std::is_same_v<T, float>, FloatTiles,
+                                   std::conditional_t<general, GeneralTiles<T>, PlainTiles<T>>>;
 
 // Runs one of the variants: run(std::bool_constant<general>).
 template <class Run>

@@ -29,14 +29,14 @@ LMENGINE_HOST_DEVICE Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint6
 }
 
 // A word below this is dropped. Where dropout_p is 1 one word in 2^32 is not: factor is 0.
-LMENGINE_HOST_DEVICE uint32_t dropout_threshold(float dropout_p) {
+LMENGINE_HOST_DEVICE uint32_t dropout_threshold(double dropout_p) {
   const double threshold = dropout_p * 4294967296.0;
   return threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold);
 }
 
 // What a kept weight is multiplied by.
-LMENGINE_HOST_DEVICE float dropout_factor(float dropout_p) {
-  return dropout_p >= 1 ? 0 : 1 / (1 - dropout_p);
+LMENGINE_HOST_DEVICE float dropout_factor(double dropout_p) {
+  return dropout_p >= 1 ? 0 : static_cast<float>(1 / (1 - dropout_p));
 }
 
 }  // namespace lmengine::attention

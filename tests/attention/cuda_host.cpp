@@ -17,7 +17,7 @@ struct Numbers {
 };
 
 struct Factors {
-  float scale, softcap, dropout_p;
+  double scale, softcap, dropout_p;
 };
 
 struct Inputs {
@@ -64,14 +64,14 @@ AttentionParameters parameters(const Inputs& in) {
 
 }  // namespace
 
-#define INPUTS                                                                            \
-  const Numbers *numbers, const Factors *factors, void *query, void *key, void *value,    \
-      void *mask_data, const float *alibi_slopes, const int32_t *prefix_lengths,          \
-      const int32_t *key_lengths, const int32_t *cu_query, const int32_t *cu_key,         \
+#define INPUTS                                                                         \
+  const Numbers *numbers, const Factors *factors, void *query, void *key, void *value, \
+      void *mask_data, const float *alibi_slopes, const int32_t *prefix_lengths,       \
+      const int32_t *key_lengths, const int32_t *cu_query, const int32_t *cu_key,      \
       const int64_t *seed
-#define GIVEN                                                                             \
-  {numbers,        factors,     query,    key,    value, mask_data, alibi_slopes,         \
-   prefix_lengths, key_lengths, cu_query, cu_key, seed}
+#define GIVEN                                                              \
+  {numbers,      factors,        query,       key,      value,  mask_data, \
+   alibi_slopes, prefix_lengths, key_lengths, cu_query, cu_key, seed}
 
 extern "C" {
 

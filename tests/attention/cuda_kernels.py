@@ -40,7 +40,7 @@ def arguments(query, key, value, is_causal, scale, gap, options):
     small = {name: values[name] for name in OPTIONS[1:7]}
     return {
         "numbers": torch.tensor([int(number) for number in numbers]),
-        "factors": torch.tensor([scale, values["softcap"], values["dropout_p"]], dtype=torch.float32),
+        "factors": torch.tensor([scale, values["softcap"], values["dropout_p"]], dtype=torch.float64),
         **{name: widened(t, gap) for name, t in (("query", query), ("key", key), ("value", value))},
         "mask": mask,
         **small,
