@@ -20,6 +20,7 @@ from lmengine.kernels.attention_blocks import (
     offset_of,
     one_of,
     place_of,
+    product_of_rows,
     query_blocks_of,
     scores_of,
     sees,
@@ -60,7 +61,7 @@ def load_shifts(logsumexp, places, there):
 
 @triton.jit
 def add_queries(
-    block, first, batch, head, for_key, for_value, k, v, query, grad_output, logsumexp, delta, query_row, grad_row,
+    block, first, batch, head, for_key, for_value, k, v, keys, query, grad_output, logsumexp, delta, query_row, grad_row,
     limits, masking, scoring, dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr, FULL: tl.constexpr,
@@ -71,7 +72,18 @@ def add_queries(
     rows = begin + tl.arange(0, BLOCK_M)
     there = rows < limits[0]
     q = load_block(query, query_row, batch, head, begin, count, BLOCK_M, HEAD_DIM, BLOCK_D, ALIGN, FULL, TMA)
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+    key, value, key_row, value_row = keys
+    if k is None:
+        at = begin.to(tl.int64)
+        scores = product_of_rows(
+            key, key_row, limits[1] - first, query + at * query_row, query_row, count, BLOCK_N, BLOCK_M, HEAD_DIM, ALIGN
+        )
+        grad_weights = product_of_rows(
+            value, value_row, limits[1] - first, grad_output + at * grad_row, grad_row, count, BLOCK_N, BLOCK_M,
+            VALUE_DIM, ALIGN,
+        )  # fmt: skip
+    else:
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
     shift = load_shifts(logsumexp, rows, there) * BEFORE
     slack = 1.0
     if FULL:
@@ -84,7 +96,8 @@ def add_queries(
         seen = sees(begin + i, first + j, marks, limits, masking)
         weights = tl.where(seen, weights_of(scores, shift[None, :], AFTER), 0.0)
     grad = load_block(grad_output, grad_row, batch, head, begin, count, BLOCK_M, VALUE_DIM, BLOCK_E, ALIGN, FULL, TMA)
-    grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
+    if k is not None:
+        grad_weights = tl.dot(v, tl.trans(grad), input_precision="ieee")
     minus = tl.load(delta + rows, there, other=0.0)
     if dropping[0] is not None:
         kept = tl.trans(kept_by_dropout(begin, first, dropping, BLOCK_M, BLOCK_N))
@@ -126,8 +139,14 @@ def grad_key_value_kernel(
     rows = key_begin + first
     key += offset_of(batch, key_batch, key_head_index, key_head, rows, key_row, ALIGN)
     value += offset_of(batch, value_batch, key_head_index, value_head, rows, value_row, ALIGN)
-    k = load_rows(key, key_row, count, BLOCK_N, HEAD_DIM, BLOCK_D, ALIGN, False)
-    v = load_rows(value, value_row, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, False)
+    keys = (key, value, key_row, value_row)
+    long: tl.constexpr = key.dtype.element_ty == tl.float32 and (BLOCK_D > 128 or BLOCK_E > 128)
+    if long:
+        k: tl.constexpr = None
+        v: tl.constexpr = None
+    else:
+        k = load_rows(key, key_row, count, BLOCK_N, HEAD_DIM, BLOCK_D, ALIGN, False)
+        v = load_rows(value, value_row, count, BLOCK_N, VALUE_DIM, BLOCK_E, ALIGN, False)
     for_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for_value = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     begin, full_begin, full_end, end = query_blocks_of(first, limits, SPLIT, BLOCK_M, BLOCK_N)
@@ -146,13 +165,13 @@ def grad_key_value_kernel(
         if SPLIT:
             for m in range(full_begin, full_end):
                 for_key, for_value = add_queries(
-                    m, first, batch, head, for_key, for_value, k, v, queries, grads, logsumexp + singles,
+                    m, first, batch, head, for_key, for_value, k, v, keys, queries, grads, logsumexp + singles,
                     delta + singles, query_row, grad_row, limits, masking, scoring, dropping, before, after, HEAD_DIM,
                     VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, True,
                 )  # fmt: skip
         for m in range(0, full_begin - begin + end - full_end):
             for_key, for_value = add_queries(
-                one_of(m, begin, full_begin, full_end), first, batch, head, for_key, for_value, k, v, queries, grads,
+                one_of(m, begin, full_begin, full_end), first, batch, head, for_key, for_value, k, v, keys, queries, grads,
                 logsumexp + singles, delta + singles, query_row, grad_row, limits, masking, scoring, dropping, before,
                 after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, False,
             )  # fmt: skip
