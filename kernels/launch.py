@@ -79,7 +79,10 @@ class Launch:
 
     def described(self, name: str, configuration: dict[str, Any], matrix_instructions: bool) -> StaticConfiguration:
         """As Triton would compile it for these arguments; tensors may be on the device "meta"."""
-        parameters = {parameter.name: parameter for parameter in self.kernel.params}
+        kernel = self.kernel
+        if not isinstance(kernel, triton.JITFunction):  # the interpreter's
+            kernel = triton.JITFunction(kernel.fn, do_not_specialize=kernel.kwargs["do_not_specialize"])
+        parameters = {parameter.name: parameter for parameter in kernel.params}
         constants = {n: v for n, v in configuration.items() if n in parameters}
         descriptors = self.described_tensors(configuration)
         signature, divisible = {}, set()
