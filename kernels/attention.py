@@ -42,9 +42,9 @@ from torch import Tensor
 @triton.jit
 def add_keys(
     block, first, batch, head, largest, total, sums, q, key, value, key_row, value_row, limits, masking, scoring,
-    dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr,
-    FULL: tl.constexpr,
+    dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr,
+    TMA: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running maximum, sum of weights and sum of weighted values of queries from `first`."""
     begin = block * BLOCK_N
@@ -91,7 +91,7 @@ def forward_kernel(
     after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
     block, batch, head = place_of(query_length, heads, BLOCK_M, right is not None)
     first = block * BLOCK_M
-    query_begin, key_begin, query_length, stored, key_length, offset, prefix = sequence_of(
+    query_begin, key_begin, query_length, _, key_length, offset, prefix = sequence_of(
         batch, query_length, key_length, prefix_lengths, key_lengths, cu_query, cu_key, BOTTOM_RIGHT
     )
     if first >= query_length:
@@ -259,7 +259,8 @@ def backward_launches(
         ),
         Launch(
             grad_query_kernel, options["max_seqlen_q"], "BLOCK_M", sequences * query.shape[1], for_queries,
-            tiles("grad_query", for_queries), {"key": "BLOCK_N BLOCK_D", "value": "BLOCK_N BLOCK_E"}, again=for_queries["GRAD_MASK"] in ("none", "store"),
+            tiles("grad_query", for_queries), {"key": "BLOCK_N BLOCK_D", "value": "BLOCK_N BLOCK_E"},
+            again=for_queries["GRAD_MASK"] in ("none", "store"),
         ),
     ]  # fmt: skip
 
@@ -349,7 +350,9 @@ def common(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -
         found["seed"] = options["seed"]
         found["threshold"] = threshold - 2**32 if threshold >= 2**31 else threshold  # the same bits as 32 with a sign
         found["dropout_factor"] = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-    found["SPLIT"] = all(found[name] is None for name in ("mask", "alibi_slopes", "softcap", "seed"))
+    # two loops, of which one compares no columns; long float32 rows leave no registers for it
+    long = query.dtype == torch.float32 and max(query.shape[3], value.shape[3]) > 128
+    found["SPLIT"] = not long and all(found[name] is None for name in ("mask", "alibi_slopes", "softcap", "seed"))
     return found
 
 

@@ -61,8 +61,8 @@ def load_shifts(logsumexp, places, there):
 
 @triton.jit
 def add_queries(
-    block, first, batch, head, for_key, for_value, k, v, keys, query, grad_output, logsumexp, delta, query_row, grad_row,
-    limits, masking, scoring, dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr,
+    block, first, batch, head, for_key, for_value, k, v, keys, query, grad_output, logsumexp, delta, query_row,
+    grad_row, limits, masking, scoring, dropping, BEFORE: tl.constexpr, AFTER: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def grad_key_value_kernel(
     key += offset_of(batch, key_batch, key_head_index, key_head, rows, key_row, ALIGN)
     value += offset_of(batch, value_batch, key_head_index, value_head, rows, value_row, ALIGN)
     keys = (key, value, key_row, value_row)
-    long: tl.constexpr = key.dtype.element_ty == tl.float32 and (BLOCK_D > 128 or BLOCK_E > 128)
+    long: tl.constexpr = key.dtype.element_ty == tl.float32 and (BLOCK_D > 64 or BLOCK_E > 64)
     if long:
         k: tl.constexpr = None
         v: tl.constexpr = None
@@ -171,8 +171,8 @@ def grad_key_value_kernel(
                 )  # fmt: skip
         for m in range(0, full_begin - begin + end - full_end):
             for_key, for_value = add_queries(
-                one_of(m, begin, full_begin, full_end), first, batch, head, for_key, for_value, k, v, keys, queries, grads,
-                logsumexp + singles, delta + singles, query_row, grad_row, limits, masking, scoring, dropping, before,
+                one_of(m, begin, full_begin, full_end), first, batch, head, for_key, for_value, k, v, keys, queries,
+                grads, logsumexp + singles, delta + singles, query_row, grad_row, limits, masking, scoring, dropping, before,
                 after, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E, ALIGN, TMA, False,
             )  # fmt: skip
     # keys behind key_length are padding: 0
@@ -244,13 +244,13 @@ def grad_query_kernel(
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, ALIGN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """grad_query (B, N, Q, D), and grad_mask, which holds zeros: GRAD_MASK is "none", "store", "add" where it broadcasts,
-    or "sums" where it has one row for all queries. With TMA key and value are tensor descriptors."""
+    """grad_query (B, N, Q, D), and grad_mask, which holds zeros: GRAD_MASK is "none", "store", "add" where it
+    broadcasts, or "sums" where it has one row for all queries. With TMA key and value are tensor descriptors."""
     before: tl.constexpr = 1.0 if query.dtype.element_ty == tl.float32 else LOG2_E
     after: tl.constexpr = LOG2_E if query.dtype.element_ty == tl.float32 else 1.0
     block, batch, head = place_of(query_length, heads, BLOCK_M, right is not None)
     first = block * BLOCK_M
-    query_begin, key_begin, query_length, stored, key_length, offset, prefix = sequence_of(
+    query_begin, key_begin, query_length, _, key_length, offset, prefix = sequence_of(
         batch, query_length, key_length, prefix_lengths, key_lengths, cu_query, cu_key, BOTTOM_RIGHT
     )
     if first >= query_length:

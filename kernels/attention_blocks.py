@@ -1,7 +1,7 @@
 """What attention's Triton kernels share: which blocks of keys a block of queries sees, scores, dropout, reading rows.
 
-The arithmetic is that of csrc/attention/sequence.h and dropout.h. An argument of an option that a call lacks is None, and
-leaves no trace in the compiled kernel. What belongs together goes from function to function in tuples:
+The arithmetic is that of csrc/attention/sequence.h and dropout.h. An argument of an option that a call lacks is None,
+and leaves no trace in the compiled kernel. What belongs together goes from function to function in tuples:
 
 limits: query_length, key_length, offset, prefix, prefix_lengths, left, right
         of the sequence; a query's position minus its index; the keys that every query sees; the window
@@ -21,9 +21,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # integers of which a kernel is not compiled anew where they are 1 or multiples of 16
 UNSPECIALISED = [
-    *(f"{tensor}_{dimension}" for tensor in ("query", "key", "value", "output", "grad") for dimension in
-      ("batch", "head", "row")), "mask_batch", "mask_head", "grad_mask_batch", "grad_mask_head", "slopes_batch", "heads",
-    "query_length", "key_length", "query_rows", "left", "right", "threshold",
+    *(f"{tensor}_{dimension}"
+      for tensor in ("query", "key", "value", "output", "grad") for dimension in ("batch", "head", "row")),
+    "mask_batch", "mask_head", "grad_mask_batch", "grad_mask_head", "slopes_batch", "heads", "query_length",
+    "key_length", "query_rows", "left", "right", "threshold",
 ]  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def key_blocks_of(first, limits, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.con
     end), where it does not overlap these, and [full_begin, full_end) every query sees in full. Without SPLIT no block
     counts as full.
     """
-    query_length, key_length, offset, prefix, prefix_lengths, left, right = limits
+    query_length, key_length, offset, prefix, _, left, right = limits
     last = tl.minimum(first + M, query_length) - 1
     low = 0
     high = key_length
@@ -140,7 +141,7 @@ def query_blocks_of(first, limits, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.c
 
     [full_begin, full_end) see all of them, and have M queries.
     """
-    query_length, key_length, offset, prefix, prefix_lengths, left, right = limits
+    query_length, key_length, offset, prefix, _, left, right = limits
     last = tl.minimum(first + N, key_length) - 1
     low = 0
     high = query_length
@@ -184,7 +185,7 @@ def load_mask(i, j, first, begin, limits, masking):
 @triton.jit
 def sees(i, j, marks, limits, masking):
     """Whether query i sees key j; `marks` are load_mask's."""
-    query_length, key_length, offset, prefix, prefix_lengths, left, right = limits
+    _, key_length, offset, prefix, prefix_lengths, left, right = limits
     seen = j < key_length
     if left is not None:
         seen = seen & (j - i - offset >= -left)
@@ -192,7 +193,7 @@ def sees(i, j, marks, limits, masking):
         seen = seen & (j - i - offset <= right)
     if prefix_lengths is not None:
         seen = seen | (j < prefix)
-    if masking[0] is not None:
+    if masking[0] is not None:  # noqa: SIM102 (Triton compiles both sides of an `and`)
         if masking[0].dtype.element_ty == tl.uint8:
             seen = seen & (marks != 0)
     return seen
@@ -214,7 +215,6 @@ def tanh(x):
 @triton.jit
 def scores_of(product, i, j, marks, limits, masking, scoring, BEFORE: tl.constexpr):
     """The scores of query key^T times BEFORE, and the derivative of the soft-capping, 1 without."""
-    query_length, key_length, offset, prefix, prefix_lengths, left, right = limits
     scale, softcap, slope, alibi_slopes = scoring
     slack = 1.0
     if softcap is not None:
@@ -223,18 +223,18 @@ def scores_of(product, i, j, marks, limits, masking, scoring, BEFORE: tl.constex
         scores = bent * (softcap * BEFORE)
     else:
         scores = product * (scale * BEFORE)
-    if masking[0] is not None:
+    if masking[0] is not None:  # noqa: SIM102
         if masking[0].dtype.element_ty != tl.uint8:
             scores += marks.to(tl.float32) * BEFORE
     if alibi_slopes is not None:
-        scores -= tl.abs(j - i - offset).to(tl.float32) * (slope * BEFORE)
+        scores -= tl.abs(j - i - limits[2]).to(tl.float32) * (slope * BEFORE)
     return scores, slack
 
 
 @triton.jit
 def kept_by_dropout(first_row, first_column, dropping, M: tl.constexpr, N: tl.constexpr):
     """Which of (M, N) weights dropout keeps; first_column is a multiple of 4. A block of Philox has four words."""
-    seed, head_number, threshold, dropout_factor = dropping
+    seed, head_number, threshold, _ = dropping
     rows = (first_row + tl.arange(0, M))[:, None]
     quads = (first_column // 4 + tl.arange(0, N // 4))[None, :]
     c0, c1 = tl.broadcast(quads, rows)
@@ -296,7 +296,7 @@ def product_of_rows(a, a_stride, a_count, b, b_stride, b_count, A: tl.constexpr,
                     ALIGN: tl.constexpr):  # fmt: skip
     """(A, B): the rows from pointer `a` on times those from `b` on, read 64 columns at a time.
 
-    For float32 rows of more than 128, of which a thread without tensor cores would keep whole ones in its registers.
+    For float32 rows of more than 64, of which a thread without tensor cores would keep whole ones in its registers.
     """
     sums = tl.zeros([A, B], tl.float32)
     for column in range(0, DIM, 64):

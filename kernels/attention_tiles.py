@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 
-# By kernel and the wider of the two head_dims, rounded up to a power of two: (BLOCK_M, BLOCK_N, num_warps, num_stages).
-# Where there are several, the fastest is measured at the first call. All are free of spills, and without TMA they keep to
-# the 99 KB of shared memory that sm_86 and sm_89 have.
+# By kernel and the wider of the two head_dims, rounded up to a power of two: BLOCK_M, BLOCK_N, num_warps, num_stages.
+# Where there are several, the fastest is measured at the first call. All are free of spills, and without TMA they keep
+# to the 99 KB of shared memory that sm_86 and sm_89 have.
 PLAIN = {
     "forward": {
         32: [(128, 64, 4, 3)],
@@ -57,7 +57,7 @@ GENERAL = {  # masks, ALiBi, soft-capping and dropout take registers
 }
 SINGLE = {  # float32: without tensor cores small tiles, so that nothing spills
     "forward": {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
-    "grad_key_value": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (32, 16, 8, 1)},
+    "grad_key_value": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
     "grad_query": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 

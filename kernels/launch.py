@@ -1,4 +1,4 @@
-"""A Triton kernel with its arguments: to be run, with the best of some tile sizes, or described for `python -m bench.static`."""
+"""A Triton kernel with its arguments, to be run with the best of some tile sizes, or described for bench/static.py."""
 
 from __future__ import annotations
 
