@@ -47,23 +47,18 @@ def scaled_dot_product_attention(
         TypeError: an argument is not a tensor.
         ValueError: a CausalBias together with is_causal.
     """
-    if (  # the commonest calls go straight to the operator
-        attn_mask is None
-        and dropout_p == 0
-        and not enable_gqa
-        and isinstance(query, Tensor)
-        and isinstance(key, Tensor)
-        and isinstance(value, Tensor)
-        and query.dim() == 4
-        and not query.is_nested
-        and query.shape == key.shape == value.shape
-        and query.dtype is key.dtype is value.dtype
-        and query.device == key.device == value.device
-        and query.is_floating_point()
-        and query.shape[3]
-        and not torch.is_autocast_enabled(query.device.type)
-    ):
-        return attention(query, key, value, is_causal, scale)
+    if attn_mask is None and not dropout_p and not enable_gqa:
+        try:  # the commonest calls go straight to the operator
+            if (
+                query.dim() == 4
+                and not query.is_nested
+                and query.shape == key.shape == value.shape
+                and query.device == key.device == value.device
+                and not torch.is_autocast_enabled(query.device.type)
+            ):
+                return attention(query, key, value, is_causal, scale)
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+            pass  # where the operator refuses, the long way finds out what it was
 
     bottom_right = False
     if isinstance(attn_mask, CausalBias):

@@ -36,9 +36,11 @@ def compare(tensors, mask=None, **arguments):
         for function in (scaled_dot_product_attention, F.scaled_dot_product_attention)
     )
     for name, mine, other, right in zip(("output", "query", "key", "value", "mask"), ours, theirs, exact, strict=False):
-        # beside the middle between two numbers of 16 bits a result is rounded either way
-        eps = torch.finfo(mine.dtype).eps * (4 if mine.dtype == torch.float32 else 1)
-        assert_right(mine, other, right, tiny=1e-6 + eps * max([1.0, *right.abs().flatten().tolist()]), name=name)
+        # Beside the middle between two numbers of 16 bits a result is rounded either way. In float32 a gradient of a
+        # score is the difference of two sums, rounded as they are; torch, which has no kernel for most of these calls,
+        # takes it step by step, and gets exactly 0 where 0 is due: a query's only key, a mask that has one key.
+        eps = 8e-6 if mine.dtype == torch.float32 else torch.finfo(mine.dtype).eps
+        assert_right(mine, other, right, tiny=eps * max([1.0, *right.abs().flatten().tolist()]), name=name)
 
 
 def hidden(*shape):
