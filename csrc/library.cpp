@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(lmengine, m) {
       " Tensor output, Tensor logsumexp, bool is_causal, float scale, bool deterministic)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   m.def(
+      "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+      " Tensor cache_lengths, Tensor? key, Tensor? value, Tensor? block_table, Tensor? rotary_cos,"
+      " Tensor? rotary_sin, Tensor? alibi_slopes, bool rotary_interleaved, float scale,"
+      " int window_left, float softcap, int num_splits) -> (Tensor output, Tensor logsumexp)");
+  m.def(
       "lstm_forward(Tensor input_gates, Tensor weight_hh, Tensor hidden, Tensor cell, bool keep)"
       " -> (Tensor outputs, Tensor final_hidden, Tensor final_cell, Tensor cells, Tensor gates)");
   m.def(

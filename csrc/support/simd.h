@@ -223,6 +223,32 @@ struct Vec {
 
 #endif
 
+// Lane i is the sum over the lanes of v[i].
+inline Vec sums_of(const Vec (&v)[Vec::width]) {
+#if defined(__AVX512F__)
+  const auto pairs = [](__m512 a, __m512 b) {  // of each 128 bits: a, b, a, b
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  };
+  const auto fours = [&](int i) {  // of each 128 bits: v[i], v[i + 1], v[i + 2], v[i + 3]
+    const __m512d a = _mm512_castps_pd(pairs(v[i].v, v[i + 1].v));
+    const __m512d b = _mm512_castps_pd(pairs(v[i + 2].v, v[i + 3].v));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  };
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return {halves(halves(fours(0), fours(4)), halves(fours(8), fours(12)))};
+#else
+  const auto fours = [&](int i) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(v[i].v, v[i + 1].v),
+                          _mm256_hadd_ps(v[i + 2].v, v[i + 3].v));
+  };
+  const __m256 a = fours(0), b = fours(4);
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+#endif
+}
+
 // e^x within 2 units in the last place over the whole range; 0 below -104, infinity above 89. The
 // order of the arguments of min and max lets a NaN through.
 inline Vec exp(Vec x) {

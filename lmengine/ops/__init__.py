@@ -7,15 +7,16 @@ from typing import Any
 
 from lmengine.backends import OPERATORS, Explanation
 from lmengine.ops.attention import attention
+from lmengine.ops.decoding import attention_decode
 
-__all__ = ["attention", "explain"]
+__all__ = ["attention", "attention_decode", "explain"]
 
 
 def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend a call would run on, and why not the others. Print the result.
 
     Args:
-        operator: an operator's name ("attention", "lstm", "cooccurrence", "glove_epoch") or a function or layer
+        operator: an operator's name ("attention", "attention_decode", "lstm", "cooccurrence", "glove_epoch") or a function or layer
             of lmengine that has one.
         args, kwargs: the call's own arguments.
 
