@@ -29,8 +29,9 @@ struct DecodingParameters {
   int rotary_dim = 0;
   const float* alibi_slopes = nullptr;  // (heads), or (batch, heads) with the batch's stride
   int64_t alibi_batch_stride = 0;
-  float* logsumexp = nullptr;                  // (batch, heads, queries)
-  float* partials = nullptr;                   // workspace of the GPU
+  float* logsumexp = nullptr;     // (batch, heads, queries)
+  void* rotated_query = nullptr;  // workspace of the GPU, laid out as a contiguous query; or null
+  float* partials = nullptr;      // workspace of the GPU: partial_floats()
   int64_t batch = 0, heads = 0, kv_heads = 0;  // head h has key head h / (heads / kv_heads)
   int64_t queries = 0, capacity = 0;           // capacity: keys that a sequence has room for
   int head_dim = 0, value_dim = 0;
@@ -68,15 +69,15 @@ LMENGINE_HOST_DEVICE int64_t split_size(int64_t keys, int64_t kv_heads, int64_t 
   return size;
 }
 
-// The splits of a sequence of `length` keys in all.
-LMENGINE_HOST_DEVICE Splits splits_of(int64_t length, int64_t queries, int64_t window_left,
-                                      int64_t kv_heads, int64_t num_splits,
+// The splits of a sequence of `length` keys in all. Keys that the cache has no room for do not
+// count.
+LMENGINE_HOST_DEVICE Splits splits_of(const DecodingParameters& p, int64_t length,
                                       int64_t smallest = kSmallestSplit) {
   Splits s;
-  const int64_t begin = window_left < 0 ? 0 : length - queries - window_left;
-  s.begin = begin > 0 ? begin : 0, s.end = length;
+  const int64_t begin = p.window_left < 0 ? 0 : length - p.queries - p.window_left;
+  s.begin = begin > 0 ? begin : 0, s.end = length < p.capacity ? length : p.capacity;
   s.first = s.begin / kStep * kStep;
-  s.size = split_size(s.end - s.first, kv_heads, num_splits, smallest);
+  s.size = split_size(s.end - s.first, p.kv_heads, p.num_splits, smallest);
   s.count = s.end > s.begin ? split_count(s.end - s.first, s.size) : 0;
   return s;
 }
@@ -92,15 +93,21 @@ inline int64_t most_splits(const DecodingParameters& p) {
   return most < finest ? most : finest;
 }
 
-// A row of the cache: key `key` of a sequence and head, in elements from the cache's data.
-LMENGINE_HOST_DEVICE int64_t row_of_cache(const DecodingParameters& p, const AttentionTensor& cache,
-                                          int64_t batch, int64_t kv_head, int64_t key) {
-  int64_t block = batch, row = key;
-  if (p.block_table != nullptr) {
-    block = p.block_table[batch * p.max_blocks + key / p.page_size];
-    row = key % p.page_size;
-  }
-  return block * cache.batch_stride + kv_head * cache.head_stride + row * cache.row_stride;
+// Floats of the GPU's workspace: of each row and split the weighted sum of values, the largest
+// score and the sum of weights.
+inline int64_t partial_floats(const DecodingParameters& p) {
+  const int64_t most = most_splits(p);
+  return most <= 1 ? 0 : p.batch * p.heads * p.queries * most * (p.value_dim + 2);
+}
+
+// Where key `key` of a sequence lies: which sequence or page of the cache, and which of its rows.
+struct Place {
+  int64_t block, row;
+};
+
+LMENGINE_HOST_DEVICE Place place_of(const DecodingParameters& p, int64_t batch, int64_t key) {
+  if (p.block_table == nullptr) return {batch, key};
+  return {p.block_table[batch * p.max_blocks + key / p.page_size], key % p.page_size};
 }
 
 }  // namespace decoding

@@ -27,7 +27,7 @@ void check_numbers(const DecodingParameters& p) {
                    "rotary_cos: expected at least " + std::to_string(length) + " positions, got " +
                        std::to_string(p.rotary_positions));
     if (p.block_table == nullptr) continue;
-    const auto splits = decoding::splits_of(length, p.queries, p.window_left, p.kv_heads, 0);
+    const auto splits = decoding::splits_of(p, length);
     for (int64_t key = splits.begin; key < length; key += p.page_size - key % p.page_size) {
       const int32_t block = p.block_table[b * p.max_blocks + key / p.page_size];
       LMENGINE_CHECK(block >= 0 && block < p.blocks,

@@ -32,6 +32,13 @@ T* row_of(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row) {
 }
 
 template <class T>
+T* row_of_cache(const DecodingParameters& p, const AttentionTensor& cache, int64_t batch,
+                int64_t head, int64_t key) {
+  const decoding::Place at = decoding::place_of(p, batch, key);
+  return row_of<T>(cache, at.block, head, at.row);
+}
+
+template <class T>
 void widen(const T* from, int count, float* to) {
   int d = 0;
   for (; d + kW <= count; d += kW) Vec::load(from + d).store(to + d);
@@ -82,16 +89,14 @@ void append(const DecodingParameters& p) {
       const int64_t batch = task / p.queries / p.kv_heads;
       const int64_t position = p.cache_lengths[batch] + i;
       const T* key = row_of<T>(p.new_key, batch, head, i);
-      T* key_to = static_cast<T*>(p.key_cache.data) +
-                  decoding::row_of_cache(p, p.key_cache, batch, head, position);
+      T* key_to = row_of_cache<T>(p, p.key_cache, batch, head, position);
       if (p.rotary_dim == 0) {
         std::memcpy(key_to, key, p.head_dim * sizeof(T));
       } else {
         rotated_row(p, key, position, row.data() + p.head_dim, row.data());
         narrow(row.data(), Vec::set(1), p.head_dim, key_to);
       }
-      std::memcpy(static_cast<T*>(p.value_cache.data) +
-                      decoding::row_of_cache(p, p.value_cache, batch, head, position),
+      std::memcpy(row_of_cache<T>(p, p.value_cache, batch, head, position),
                   row_of<T>(p.new_value, batch, head, i), p.value_dim * sizeof(T));
     }
   });
@@ -308,10 +313,8 @@ void run_split(const DecodingParameters& p, const Layout& layout, const Splits& 
     const int count = static_cast<int>(end - begin < kKeys ? end - begin : kKeys);
     const T *key[kKeys + kW], *value[kKeys];
     for (int k = 0; k < count; ++k) {
-      key[k] = static_cast<const T*>(p.key_cache.data) +
-               decoding::row_of_cache(p, p.key_cache, batch, kv_head, begin + k);
-      value[k] = static_cast<const T*>(p.value_cache.data) +
-                 decoding::row_of_cache(p, p.value_cache, batch, kv_head, begin + k);
+      key[k] = row_of_cache<T>(p, p.key_cache, batch, kv_head, begin + k);
+      value[k] = row_of_cache<T>(p, p.value_cache, batch, kv_head, begin + k);
     }
     for (int k = count; k < round_up(count, kW); ++k) key[k] = key[count - 1];
     for_rows(rows, [&](auto piece, int64_t r) {
@@ -361,8 +364,7 @@ void decode(const DecodingParameters& p) {
   std::vector<Splits> splits(p.batch);
   std::vector<int64_t> first_task(p.batch + 1, 0);
   for (int64_t b = 0; b < p.batch; ++b) {
-    splits[b] = decoding::splits_of(p.cache_lengths[b] + added, p.queries, p.window_left,
-                                    p.kv_heads, p.num_splits, decoding::kSmallestSplitCpu);
+    splits[b] = decoding::splits_of(p, p.cache_lengths[b] + added, decoding::kSmallestSplitCpu);
     first_task[b + 1] = first_task[b] + splits[b].count * p.kv_heads;
   }
   const auto output = [&](int64_t batch, int64_t kv_head, int64_t r) {

@@ -262,5 +262,6 @@ def compiled(query, key_cache, value_cache, cache_lengths, scale, **options: Any
 if backends.library() is not None:
     torch.library.register_fake("lmengine::attention_decode", fake_decode)
 
+operator.register("cuda", compiled, unsupported_on_gpu)
 operator.register("cpu", compiled, unsupported_on_cpu)
 operator.register("reference", reference, lambda *args, **kwargs: None)

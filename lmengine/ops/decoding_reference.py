@@ -39,9 +39,8 @@ def reference(
         first_seen = (lengths - queries - window_size[0]).clamp(min=0)
     capacity = key_cache.shape[2] if block_table is None else block_table.shape[1] * key_cache.shape[1]
     check_ranges(
-        cache_lengths, 0 if key is None else queries, capacity, *key_cache.shape[:2], block_table, first_seen,
-        None if rotary_cos is None else rotary_cos.shape[0],
-    )  # fmt: skip
+        cache_lengths, 0 if key is None else queries, capacity, key_cache, block_table, first_seen, rotary_cos
+    )
     if rotary_cos is not None and rotary_sin is not None:
         query = rotated(query, positions, rotary_cos, rotary_sin, rotary_interleaved)
         if key is not None:
@@ -99,18 +98,19 @@ def in_order(cache: Tensor, block_table: Tensor) -> Tensor:
 
 
 def check_ranges(
-    cache_lengths: Tensor, added: int, capacity: int, blocks: int, page_size: int, block_table: Tensor | None,
-    first_seen: Tensor, rotary_positions: int | None,
+    cache_lengths: Tensor, added: int, capacity: int, key_cache: Tensor, block_table: Tensor | None, first_seen: Tensor,
+    rotary_cos: Tensor | None,
 ) -> None:  # fmt: skip
     """Raises ValueError on the CPU, as the CPU's kernel does; on a GPU indexing out of range stops the program."""
     if cache_lengths.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    blocks, page_size = key_cache.shape[:2]
     for b, (cached, first) in enumerate(zip(cache_lengths.tolist(), first_seen.tolist(), strict=True)):
         length = cached + added
         if cached < 0 or length > capacity:
             raise ValueError(f"cache_lengths[{b}]: expected a number from 0 to {capacity - added}, got {cached}")
-        if rotary_positions is not None and length > rotary_positions:
-            raise ValueError(f"rotary_cos: expected at least {length} positions, got {rotary_positions}")
+        if rotary_cos is not None and length > rotary_cos.shape[0]:
+            raise ValueError(f"rotary_cos: expected at least {length} positions, got {rotary_cos.shape[0]}")
         if block_table is not None and length > first:
             used = block_table[b, first // page_size : (length - 1) // page_size + 1]
             if used.min() < 0 or used.max() >= blocks:
