@@ -231,13 +231,17 @@ def unsupported_on_cpu(query: Tensor, *args: Any, **options: Any) -> str | None:
     return unsupported_dtype(query)
 
 
-def unsupported_on_gpu(query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any, **options: Any) -> str | None:
-    reason = unsupported_dtype(query)
-    if reason is not None:
-        return reason
+def unsupported_by_triton(query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any, **options) -> str | None:
     for name, tensor in (("query", query), ("value_cache", value_cache)):
         if not 8 <= tensor.shape[3] <= MAX_HEAD_DIM_GPU or tensor.shape[3] % 8:
             return f"{name}: expected a head_dim from 8 to 256 that 8 divides, got {tensor.shape[3]}"
+    return unsupported_dtype(query)
+
+
+def unsupported_on_gpu(query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any, **options: Any) -> str | None:
+    reason = unsupported_by_triton(query, key_cache, value_cache)
+    if reason is not None:
+        return reason
     for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache)):
         if any(size > 1 and stride % 8 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)):
             return f"{name}: expected strides that 8 divides, got {tensor.stride()}"
@@ -262,6 +266,31 @@ def compiled(query, key_cache, value_cache, cache_lengths, scale, **options: Any
 if backends.library() is not None:
     torch.library.register_fake("lmengine::attention_decode", fake_decode)
 
+# ---- Triton ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "lmengine::attention_decode_triton",
+    mutates_args=("key_cache", "value_cache"),
+    schema="(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_lengths, Tensor? key, "
+    "Tensor? value, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? alibi_slopes, "
+    "bool rotary_interleaved, float scale, int window_left, float softcap, int num_splits) -> (Tensor, Tensor)",
+)
+def triton_kernels(query, key_cache, value_cache, cache_lengths, *arguments):
+    from lmengine.kernels import decoding as kernels
+
+    return kernels.decode(query, key_cache, value_cache, cache_lengths, dict(zip(ARGUMENTS, arguments, strict=True)))
+
+
+triton_kernels.register_fake(fake_decode)
+
+
+def triton_decode(query, key_cache, value_cache, cache_lengths, scale, **options: Any):
+    arguments = lowered(query, scale, **options)
+    return triton_kernels(query, key_cache, value_cache, cache_lengths.contiguous(), *arguments)
+
+
 operator.register("cuda", compiled, unsupported_on_gpu)
+operator.register("triton", triton_decode, unsupported_by_triton)
 operator.register("cpu", compiled, unsupported_on_cpu)
 operator.register("reference", reference, lambda *args, **kwargs: None)

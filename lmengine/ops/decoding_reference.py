@@ -38,9 +38,7 @@ def reference(
     if window_size[0] >= 0:
         first_seen = (lengths - queries - window_size[0]).clamp(min=0)
     capacity = key_cache.shape[2] if block_table is None else block_table.shape[1] * key_cache.shape[1]
-    check_ranges(
-        cache_lengths, 0 if key is None else queries, capacity, key_cache, block_table, first_seen, rotary_cos
-    )
+    check_ranges(cache_lengths, 0 if key is None else queries, capacity, key_cache, block_table, first_seen, rotary_cos)
     if rotary_cos is not None and rotary_sin is not None:
         query = rotated(query, positions, rotary_cos, rotary_sin, rotary_interleaved)
         if key is not None:
