@@ -21,6 +21,22 @@ SMALLEST_SPLIT = tl.constexpr(128)
 WANTED_SPLITS = tl.constexpr(512)
 BLOCK_M = 16
 BLOCK_S = 16  # splits that are combined at a time
+# Triton is kept from compiling anew for a number that is 1 or a multiple of 16, so that what is launched is what
+# static_configurations() lists.
+NUMBERS = (
+    "query_batch", "query_head", "query_row", "new_key_batch", "new_key_head", "new_key_row", "new_value_batch",
+    "new_value_head", "new_value_row", "key_batch", "key_head", "key_row", "value_batch", "value_head", "value_row",
+    "output_batch", "output_head", "output_row", "slopes_batch",
+    "heads", "kv_heads", "queries", "capacity", "head_dim", "value_dim", "has_new", "paged", "max_blocks", "blocks",
+    "page_size", "has_slopes", "window_left", "num_splits", "most", "tiles", "rotary_dim", "rotary_positions",
+    "interleaved",
+)  # fmt: skip
+
+
+@triton.jit
+def in_eights(number):
+    """A stride that was passed as its eighth, so that the compiler knows it for a multiple of 8; it may pass 2^31."""
+    return number.to(tl.int64) * 8
 
 
 @triton.jit
@@ -71,7 +87,7 @@ def tanh(x):
 # ---- appending and rotating ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def prepare_kernel(
     query, new_key, new_value, key_cache, value_cache, rotated, cache_lengths, block_table, cos, sin,
     query_batch, query_head, query_row, new_key_batch, new_key_head, new_key_row, new_value_batch, new_value_head,
@@ -80,6 +96,13 @@ def prepare_kernel(
     rotary_dim, rotary_positions, interleaved, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program a row: the queries to `rotated` (B, N, Q, D), where they rotate, then the new keys and values."""
+    query_batch, query_head, query_row = in_eights(query_batch), in_eights(query_head), in_eights(query_row)
+    new_key_batch, new_key_head, new_key_row = in_eights(new_key_batch), in_eights(new_key_head), in_eights(new_key_row)
+    new_value_batch, new_value_head = in_eights(new_value_batch), in_eights(new_value_head)
+    new_value_row = in_eights(new_value_row)
+    key_batch, key_head, key_row = in_eights(key_batch), in_eights(key_head), in_eights(key_row)
+    value_batch, value_head, value_row = in_eights(value_batch), in_eights(value_head), in_eights(value_row)
+    head_dim, value_dim = head_dim * 8, value_dim * 8  # likewise
     rotates = rotary_dim > 0
     slots = tl.where(rotates, heads, 0)
     pid = tl.program_id(0)
@@ -135,7 +158,7 @@ def prepare_kernel(
 # ---- the splits ------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def split_kernel(
     query, key_cache, value_cache, output, logsumexp, partials, states, cache_lengths, block_table, slopes,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
@@ -146,6 +169,11 @@ def split_kernel(
 ):  # fmt: skip
     """One split of some rows: output (B, N, Q, E) and logsumexp (B, N, Q) where it is the only one, else the weighted
     sums (B, N, Q, most, E), largest scores and sums of weights (B, N, Q, most, 2)."""
+    query_batch, query_head, query_row = in_eights(query_batch), in_eights(query_head), in_eights(query_row)
+    key_batch, key_head, key_row = in_eights(key_batch), in_eights(key_head), in_eights(key_row)
+    value_batch, value_head, value_row = in_eights(value_batch), in_eights(value_head), in_eights(value_row)
+    output_batch, output_head, output_row = in_eights(output_batch), in_eights(output_head), in_eights(output_row)
+    head_dim, value_dim = head_dim * 8, value_dim * 8  # likewise
     pid = tl.program_id(0)
     split = pid % most
     tile = pid // most % tiles
@@ -216,13 +244,15 @@ def split_kernel(
             tl.store(states + part * 2 + 1, total, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def combine_kernel(
     partials, states, output, logsumexp, cache_lengths, output_batch, output_head, output_row,
     heads, kv_heads, queries, capacity, value_dim, has_new, window_left, num_splits, most,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The output and logsumexp of a row that has several splits."""
+    output_batch, output_head, output_row = in_eights(output_batch), in_eights(output_head), in_eights(output_row)
+    value_dim = value_dim * 8  # likewise
     flat = tl.program_id(0).to(tl.int64)
     index = flat % queries
     head = flat // queries % heads
@@ -278,8 +308,16 @@ def most_splits(keys: int, queries: int, window_left: int, kv_heads: int, num_sp
     return max(1, min(finest, num_splits or max(1, WANTED_SPLITS.value // kv_heads)))
 
 
-def with_contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+def with_aligned_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its rows are not contiguous or its strides no multiples of 8."""
+    sizes = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    aligned = tensor.stride(3) == 1 and all(size <= 1 or stride % 8 == 0 for size, stride in sizes)
+    return tensor if aligned else tensor.contiguous()
+
+
+def strides_of(tensor: Tensor, order: tuple[int, ...] = (0, 1, 2)) -> list[int]:
+    """Eighths of the strides of the first three dimensions; that of a dimension of one element is never used."""
+    return [tensor.stride(d) // 8 if tensor.shape[d] > 1 else 0 for d in order]
 
 
 def decode(
@@ -295,29 +333,30 @@ def decode(
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
     if logsumexp.numel() == 0:
         return output, logsumexp
-    query = with_contiguous_rows(query)
+    query = with_aligned_rows(query)
     table, cos, sin, slopes = (options[name] for name in ("block_table", "rotary_cos", "rotary_sin", "alibi_slopes"))
     paged = table is not None
     kv_heads = key_cache.shape[2 if paged else 1]
     order = (0, 2, 1) if paged else (0, 1, 2)
-    key_strides, value_strides = ([cache.stride(d) for d in order] for cache in (key_cache, value_cache))
+    key_strides, value_strides = (strides_of(cache, order) for cache in (key_cache, value_cache))
     page_size = key_cache.shape[1] if paged else 1
     max_blocks = table.shape[1] if paged else 0
     capacity = max_blocks * page_size if paged else key_cache.shape[2]
     pages = (int(paged), max_blocks, key_cache.shape[0], max(page_size, 1))
     has_new = int(options["key"] is not None)
+    eighths = (head_dim // 8, value_dim // 8)
     table = table if paged else cache_lengths  # not looked at
 
     slots = (heads if cos is not None else 0) + 2 * kv_heads * has_new
     if slots:
         rotated = query.new_empty(batch, heads, queries, head_dim)
-        new_key, new_value = (with_contiguous_rows(options[name]) if has_new else query for name in ("key", "value"))
+        new_key, new_value = (with_aligned_rows(options[name]) if has_new else query for name in ("key", "value"))
         rotary = (0, 0) if cos is None else (2 * cos.shape[1], cos.shape[0])
         tables = (query, query) if cos is None else (cos, sin)
         prepare_kernel[(batch * slots * queries,)](
             query, new_key, new_value, key_cache, value_cache, rotated, cache_lengths, table, *tables,
-            *query.stride()[:3], *new_key.stride()[:3], *new_value.stride()[:3], *key_strides, *value_strides,
-            heads, kv_heads, queries, capacity, head_dim, value_dim, has_new, *pages, *rotary,
+            *strides_of(query), *strides_of(new_key), *strides_of(new_value), *key_strides, *value_strides,
+            heads, kv_heads, queries, capacity, *eighths, has_new, *pages, *rotary,
             int(options["rotary_interleaved"]), BLOCK_D=256, num_warps=1,
         )  # fmt: skip
         query = query if cos is None else rotated
@@ -332,15 +371,15 @@ def decode(
     slopes_batch = slopes.stride(0) if slopes is not None and len(slopes) > 1 else 0
     split_kernel[(batch * kv_heads * tiles * most,)](
         query, key_cache, value_cache, output, logsumexp, partials, states, cache_lengths, table,
-        logsumexp if slopes is None else slopes, *query.stride()[:3], *key_strides, *value_strides,
-        *output.stride()[:3], slopes_batch, heads, kv_heads, queries, capacity, head_dim, value_dim, has_new, *pages,
+        logsumexp if slopes is None else slopes, *strides_of(query), *key_strides, *value_strides,
+        *strides_of(output), slopes_batch, heads, kv_heads, queries, capacity, *eighths, has_new, *pages,
         has_slopes, window_left, num_splits, most, tiles, options["scale"], options["softcap"], BLOCK_M=BLOCK_M,
         **chosen,
     )  # fmt: skip
     if most > 1:
         combine_kernel[(batch * heads * queries,)](
-            partials, states, output, logsumexp, cache_lengths, *output.stride()[:3], heads, kv_heads, queries,
-            capacity, value_dim, has_new, window_left, num_splits, most, BLOCK_S=BLOCK_S, BLOCK_D=chosen["BLOCK_D"],
+            partials, states, output, logsumexp, cache_lengths, *strides_of(output), heads, kv_heads, queries,
+            capacity, eighths[1], has_new, window_left, num_splits, most, BLOCK_S=BLOCK_S, BLOCK_D=chosen["BLOCK_D"],
             num_warps=4,
         )  # fmt: skip
     return output, logsumexp
@@ -352,48 +391,30 @@ def decode(
 def static_configurations() -> list[StaticConfiguration]:
     """All that may be launched: split and combine for each dtype and padded head_dim, prepare for each pair of dtypes."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    tensors = set(["query", "key_cache", "value_cache", "output", "new_key", "new_value", "rotated"])
-    tables = {"cos", "sin"}
-    single = set(["logsumexp", "partials", "states", "slopes"])
-    numbers = set(["cache_lengths", "block_table"])
+    same = ("query", "key_cache", "value_cache", "output", "new_key", "new_value", "rotated")
+    single = ("logsumexp", "partials", "states", "slopes")
 
-    def configuration(name, kernel, dtype, constants, warps, stages, table="fp32", matrix=False):
-        signature = {}
-        for argument in kernel.arg_names:
-            if argument in tensors:
-                signature[argument] = f"*{dtype}"
-            elif argument in tables:
-                signature[argument] = f"*{table}"
-            elif argument in single:
-                signature[argument] = "*fp32"
-            elif argument in numbers:
-                signature[argument] = "*i32"
-            elif argument in ("scale", "softcap"):
-                signature[argument] = "fp32"
-            elif argument not in constants:
-                signature[argument] = "i32"
-        aligned = {a for a in signature if a.endswith(("_batch", "_head", "_row")) and not a.startswith("slopes")}
-        aligned |= {a for a, kind in signature.items() if kind.startswith("*")} | {"head_dim", "value_dim"}
+    def configuration(name, kernel, dtype, constants, warps, stages, table="fp32", quick=False):
+        kinds = {"cos": f"*{table}", "sin": f"*{table}", "scale": "fp32", "softcap": "fp32"}
+        kinds |= dict.fromkeys(same, f"*{dtype}") | dict.fromkeys(single, "*fp32")
+        kinds |= dict.fromkeys(("cache_lengths", "block_table"), "*i32")
+        signature = {a: kinds.get(a, "i32") for a in kernel.arg_names if a not in constants}
+        matrix = dtype != "fp32" and kernel is split_kernel
         return StaticConfiguration(
-            name, kernel, signature, constants, warps, stages, frozenset(aligned & set(signature)), matrix
-        )
+            f"decoding {name}", kernel, signature, constants, warps, stages, matrix_instructions=matrix, quick=quick
+        )  # fmt: skip
 
     found = []
     for dtype, name in names.items():
         for dim in (32, 64, 128, 256):
             chosen = blocks_for(dim, dtype)
-            constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": chosen["BLOCK_N"], "BLOCK_D": dim}
-            found.append(
-                configuration(
-                    f"decoding split {name} d{dim}", split_kernel, name, constants, chosen["num_warps"],
-                    chosen["num_stages"], matrix=name != "fp32",
-                )
-            )  # fmt: skip
-            constants = {"BLOCK_S": BLOCK_S, "BLOCK_D": dim}
-            found.append(configuration(f"decoding combine {name} d{dim}", combine_kernel, name, constants, 4, 3))
+            sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": chosen["BLOCK_N"], "BLOCK_D": dim}
+            warps, stages = chosen["num_warps"], chosen["num_stages"]
+            quick = dim in (128, 256) and name != "fp16"
+            found.append(configuration(f"split {name} d{dim}", split_kernel, name, sizes, warps, stages, quick=quick))
+            sizes = {"BLOCK_S": BLOCK_S, "BLOCK_D": dim}
+            found.append(configuration(f"combine {name} d{dim}", combine_kernel, name, sizes, 4, 3, quick=dim == 256))
         for table in sorted({"fp32", name}):
-            constants = {"BLOCK_D": 256}
-            found.append(
-                configuration(f"decoding prepare {name}, tables {table}", prepare_kernel, name, constants, 1, 3, table)
-            )
+            what, sizes = f"prepare {name}, tables {table}", {"BLOCK_D": 256}
+            found.append(configuration(what, prepare_kernel, name, sizes, 1, 3, table, quick=name == "bf16"))
     return found

@@ -159,14 +159,28 @@ inline Vec products(const T* const* key, const typename Product<T>::Query* query
   return sums_of(sums);
 }
 
+// Asks for rows that are read soon: what the processor guesses by itself ends with each page.
+template <class T>
+inline void prefetch_rows(const T* const* row, int count, int dim) {
+  for (int k = 0; k < count; ++k)
+    for (int64_t at = 0; at < dim; at += 64 / sizeof(T))
+      _mm_prefetch(reinterpret_cast<const char*>(row[k] + at), _MM_HINT_T0);
+}
+
 // Products of `rows` queries with a block's keys, to rows of kKeys scores. key[count] and what
-// follows up to a multiple of kW are rows that may be read.
+// follows up to a multiple of kW are rows that may be read. Where `value` is given, asks for the
+// block's values, and for the next block's keys, which are at key + kKeys.
 template <class T, int rows>
 void score_rows(const T* const* key, int count, const typename Product<T>::Query* query,
-                int64_t padded, int dim, float* scores) {
+                int64_t padded, int dim, float* scores, const T* const* value, int value_dim) {
   constexpr int keys = kW / rows;
   for (int k = 0; k < count; k += keys) {
     float found[kW];
+    if (value != nullptr) {
+      const int some = count - k < keys ? count - k : keys;
+      prefetch_rows(value + k, some, value_dim);
+      prefetch_rows(key + k + kKeys, some, dim);
+    }
     products<T, rows, keys>(key + k, query, padded, dim).store(found);
     for (int r = 0; r < rows; ++r)
       std::memcpy(scores + r * kKeys + k, found + r * keys, keys * sizeof(float));
@@ -311,15 +325,23 @@ void run_split(const DecodingParameters& p, const Layout& layout, const Splits& 
   const int64_t end = start + splits.size < length ? start + splits.size : length;
   for (int64_t begin = start > splits.begin ? start : splits.begin; begin < end; begin += kKeys) {
     const int count = static_cast<int>(end - begin < kKeys ? end - begin : kKeys);
-    const T *key[kKeys + kW], *value[kKeys];
+    const T *key[2 * kKeys], *value[kKeys];
     for (int k = 0; k < count; ++k) {
       key[k] = row_of_cache<T>(p, p.key_cache, batch, kv_head, begin + k);
       value[k] = row_of_cache<T>(p, p.value_cache, batch, kv_head, begin + k);
     }
+    // with one row a key the arithmetic is over before memory answers, and asking ahead does not
+    // help
+    const bool ahead = rows > 1;
+    for (int64_t k = 0; k < count && ahead; ++k) {
+      const int64_t next = begin + kKeys + k;
+      key[kKeys + k] = row_of_cache<T>(p, p.key_cache, batch, kv_head, next < end ? next : end - 1);
+    }
     for (int k = count; k < round_up(count, kW); ++k) key[k] = key[count - 1];
     for_rows(rows, [&](auto piece, int64_t r) {
       score_rows<T, piece()>(key, count, queries + r * layout.padded_key, layout.padded_key,
-                             p.head_dim, scores + r * kKeys);
+                             p.head_dim, scores + r * kKeys, ahead && r == 0 ? value : nullptr,
+                             p.value_dim);
     });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = kv_head * group + r / p.queries;

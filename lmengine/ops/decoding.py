@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmengine import backends
 from lmengine.backends import Operator
-from lmengine.ops.attention import FLOATING, check_numbers
+from lmengine.ops.attention import FLOATING, check_numbers, runs_compiled
 from lmengine.ops.decoding_reference import reference
 
 MAX_HEAD_DIM_GPU = 256
@@ -78,6 +78,12 @@ def attention_decode(
             GPU that would take waiting for it: there, keys that do not fit are neither written nor read, and a block
             number that is out of range stands for keys that no query sees.
     """
+    found = eager(
+        query, key_cache, value_cache, cache_lengths, key, value, block_table, rotary_cos, rotary_sin, alibi_slopes,
+        rotary_interleaved, scale, window_size, softcap, num_splits,
+    )  # fmt: skip
+    if found is not None:
+        return found if return_logsumexp else found[0]
     options: dict[str, Any] = {}
     if key is not None or value is not None:
         options.update(key=key, value=value)
@@ -231,21 +237,14 @@ def unsupported_on_cpu(query: Tensor, *args: Any, **options: Any) -> str | None:
     return unsupported_dtype(query)
 
 
-def unsupported_by_triton(query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any, **options) -> str | None:
+def unsupported_on_gpu(query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any, **options: Any) -> str | None:
     for name, tensor in (("query", query), ("value_cache", value_cache)):
         if not 8 <= tensor.shape[3] <= MAX_HEAD_DIM_GPU or tensor.shape[3] % 8:
             return f"{name}: expected a head_dim from 8 to 256 that 8 divides, got {tensor.shape[3]}"
-    return unsupported_dtype(query)
-
-
-def unsupported_on_gpu(query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any, **options: Any) -> str | None:
-    reason = unsupported_by_triton(query, key_cache, value_cache)
-    if reason is not None:
-        return reason
     for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache)):
         if any(size > 1 and stride % 8 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)):
             return f"{name}: expected strides that 8 divides, got {tensor.stride()}"
-    return None
+    return unsupported_dtype(query)
 
 
 def unsupported_dtype(query: Tensor) -> str | None:
@@ -265,6 +264,35 @@ def compiled(query, key_cache, value_cache, cache_lengths, scale, **options: Any
 
 if backends.library() is not None:
     torch.library.register_fake("lmengine::attention_decode", fake_decode)
+
+# ---- the short way of an eager call ------------------------------------------------------------------------------
+
+
+def eager(query, key_cache, value_cache, cache_lengths, *arguments) -> tuple[Tensor, Tensor] | None:
+    """Output and logsumexp by the default backend, or None where the long way has to decide, as attention.eager does.
+
+    The checks of the C++ operator come before it writes; where it refuses, the long way finds out what it was.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    *tensors, rotary_interleaved, scale, window_size, softcap, num_splits = arguments
+    try:
+        if not runs_compiled(query.device.type, backends._forced):
+            return None
+        if torch.is_grad_enabled():
+            for tensor in (query, key_cache, value_cache, *tensors):
+                if tensor is not None and tensor.requires_grad:
+                    return None
+        left, right = window_size
+        if left < -1 or right < -1 or softcap < 0:
+            return None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return torch.ops.lmengine.attention_decode.default(
+            query, key_cache, value_cache, cache_lengths, *tensors, rotary_interleaved, scale, left, softcap, num_splits
+        )
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+
 
 # ---- Triton ----------------------------------------------------------------------------------------------------
 
@@ -291,6 +319,6 @@ def triton_decode(query, key_cache, value_cache, cache_lengths, scale, **options
 
 
 operator.register("cuda", compiled, unsupported_on_gpu)
-operator.register("triton", triton_decode, unsupported_by_triton)
+operator.register("triton", triton_decode, unsupported_on_gpu)
 operator.register("cpu", compiled, unsupported_on_cpu)
 operator.register("reference", reference, lambda *args, **kwargs: None)

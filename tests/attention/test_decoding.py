@@ -24,6 +24,13 @@ BACKENDS = [
     if name in OPERATORS["attention_decode"].implementations
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# in Triton's interpreter, which is slow, float16 is what bfloat16 is
+BACKENDS_AND_DTYPES = [
+    pytest.param(*backend.values, dtype, marks=backend.marks, id=f"{backend.values[0]}-{dtype}")
+    for backend in BACKENDS
+    for dtype in DTYPES
+    if GPU or backend.values[0] == "cpu" or dtype != torch.float16
+]
 
 
 @dataclasses.dataclass
@@ -188,9 +195,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_output_logsumexp_and_cache(backend, case, dtype):
     problem = CASES[case]
     with lmengine.use_backend(backend):
@@ -205,20 +211,20 @@ def test_any_head_dim_on_the_cpu(head_dim, dtype):
         check_right(problem.tensors(dtype), problem)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_a_batch_gives_the_bits_of_its_members(backend, dtype):
     """Whatever the batch, the threads, and the room in the cache."""
-    problem = Problem(batch=3, queries=2, capacity=1100, lengths=(1100, 65, 640), append=True)
+    lengths = (1100, 65, 640) if backend != "triton" or GPU else (300, 65, 170)  # in one split of the CPU, and in more
+    problem = Problem(batch=3, kv_heads=1, queries=2, capacity=lengths[0], lengths=lengths, append=True)
     tensors = problem.tensors(dtype, device_of(backend))
-    query, key_cache, value_cache, lengths, options = tensors
+    query, key_cache, value_cache, cached, options = tensors
     with lmengine.use_backend(backend):
         output, logsumexp = decode(copied(tensors), problem)
-        for b, length in enumerate((1100, 65, 640)):
+        for b, length in enumerate(lengths):
             one = slice(b, b + 1)
             member = {name: tensor[one] for name, tensor in options.items()}
             caches = (cache[one, :, :length].clone() for cache in (key_cache, value_cache))
-            alone = decode((query[one], *caches, lengths[one], member), problem)
+            alone = decode((query[one], *caches, cached[one], member), problem)
             assert torch.equal(alone[0], output[one])
             assert torch.equal(alone[1], logsumexp[one])
 
@@ -274,8 +280,7 @@ def test_a_nan_stays_in_its_sequence_and_is_not_hidden(backend, dtype):
     assert torch.equal(output[2, :2], clean[2, :2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_large_magnitudes(backend, dtype):
     problem = Problem(capacity=200, magnitude=6.0)
     with lmengine.use_backend(backend):
@@ -341,10 +346,8 @@ def test_strides_beyond_32_bits(backend):
 
 def test_a_long_cache():
     problem = Problem(batch=1, heads=2, kv_heads=1, head_dim=64, value_dim=64, capacity=131072, lengths=(131072,))
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = problem.tensors(dtype)
-        with lmengine.use_backend("cpu"):
-            check_right(tensors, problem)
+    with lmengine.use_backend("cpu"):
+        check_right(problem.tensors(torch.bfloat16), problem)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -443,9 +446,11 @@ def test_a_gradient_is_refused():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", ["append, rotate", "paged, append, rotate", "alibi"])
-def test_opcheck(backend, case):
-    problem = CASES[case]
+@pytest.mark.parametrize("page_size", [0, 8])
+def test_opcheck(backend, page_size):
+    problem = Problem(
+        batch=1, heads=2, kv_heads=1, capacity=24, append=True, rotary_dim=8, alibi=True, page_size=page_size
+    )
     *arguments, options = problem.tensors(torch.bfloat16, device_of(backend))
     name = "attention_decode_triton" if backend == "triton" else "attention_decode"
     operator = getattr(torch.ops.lmengine, name).default
