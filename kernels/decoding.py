@@ -296,8 +296,8 @@ def blocks_for(dim: int, dtype: torch.dtype) -> dict[str, int]:
     block_d = max(32, triton.next_power_of_2(dim))
     if dtype == torch.float32:  # without tensor cores: small tiles, so that nothing spills
         return {"BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2 if block_d < 256 else 1}
-    warps, stages = {32: (4, 3), 64: (4, 2), 128: (4, 3), 256: (8, 2)}[block_d]
-    return {"BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
+    n, warps, stages = {32: (64, 4, 2), 64: (32, 4, 3), 128: (64, 4, 3), 256: (64, 8, 2)}[block_d]
+    return {"BLOCK_N": n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}
 
 
 def most_splits(keys: int, queries: int, window_left: int, kv_heads: int, num_splits: int) -> int:
@@ -410,11 +410,17 @@ def static_configurations() -> list[StaticConfiguration]:
             chosen = blocks_for(dim, dtype)
             sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": chosen["BLOCK_N"], "BLOCK_D": dim}
             warps, stages = chosen["num_warps"], chosen["num_stages"]
-            quick = dim in (128, 256) and name != "fp16"
+            quick = name == "bf16" or (name == "fp32" and dim == 256)
             found.append(configuration(f"split {name} d{dim}", split_kernel, name, sizes, warps, stages, quick=quick))
             sizes = {"BLOCK_S": BLOCK_S, "BLOCK_D": dim}
-            found.append(configuration(f"combine {name} d{dim}", combine_kernel, name, sizes, 4, 3, quick=dim == 256))
+            found.append(
+                configuration(
+                    f"combine {name} d{dim}", combine_kernel, name, sizes, 4, 3, quick=name == "bf16" and dim == 256
+                )
+            )
         for table in sorted({"fp32", name}):
             what, sizes = f"prepare {name}, tables {table}", {"BLOCK_D": 256}
-            found.append(configuration(what, prepare_kernel, name, sizes, 1, 3, table, quick=name == "bf16"))
+            found.append(
+                configuration(what, prepare_kernel, name, sizes, 1, 3, table, quick=name == "bf16" and table == "fp32")
+            )
     return found

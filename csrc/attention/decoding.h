@@ -3,7 +3,7 @@
 // keys from position - window_left to itself.
 //
 // The keys that a sequence's queries see are cut into splits, whose partial results (largest score,
-// sum of weights, weighted sum of values) are folded in the order of the keys. Where the cuts are
+// sum of weights, weighted sum of values) are combined in a fixed order. Where the cuts are
 // depends on the sequence's own length, on kv_heads and num_splits, never on the batch.
 #pragma once
 

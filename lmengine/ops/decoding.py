@@ -45,7 +45,7 @@ def attention_decode(
     place, behind those that it has; cache_lengths is not changed. Keys rotate before that and queries before the
     product, each by its position (Su et al. 2021); what the cache already holds is taken as it is.
 
-    The keys are split between threads or blocks of threads, and the parts combined in the order of the keys (as in
+    The keys are split between threads or blocks of threads, and the parts combined in a fixed order (as in
     Flash-Decoding, Dao et al. 2023). How many keys a part has depends on the sequence's own length, on M and on
     num_splits alone: a batch gives the same bits as its sequences one by one.
 
