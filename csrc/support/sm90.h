@@ -106,9 +106,10 @@ __device__ __forceinline__ void wgmma_wait() {
 #define LMENGINE_NAMES1                                                                  \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define LMENGINE_NAMES2                                                                  \
-  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84," \
-  "%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define LMENGINE_NAMES64_TO_87                                                               \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85," \
+  "%86,%87"
+#define LMENGINE_NAMES2 LMENGINE_NAMES64_TO_87 ",%88,%89,%90,%91,%92,%93,%94,%95"
 #define LMENGINE_NAMES3                                                                    \
   "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113," \
   "%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
@@ -117,6 +118,8 @@ __device__ __forceinline__ void wgmma_wait() {
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LMENGINE_D32(i) LMENGINE_D8(i), LMENGINE_D8(i + 8), LMENGINE_D8(i + 16), LMENGINE_D8(i + 24)
 #define LMENGINE_D64(i) LMENGINE_D32(i), LMENGINE_D32(i + 32)
+#define LMENGINE_D88(i) \
+  LMENGINE_D64(i), LMENGINE_D8(i + 64), LMENGINE_D8(i + 72), LMENGINE_D8(i + 80)
 #define LMENGINE_D128(i) LMENGINE_D64(i), LMENGINE_D64(i + 64)
 
 // With a in registers and in shared memory; o0 to o6 are the numbers of the operands behind d.
@@ -146,14 +149,16 @@ __device__ __forceinline__ void wgmma_wait() {
     }                                          \
   }
 
-#define LMENGINE_WGMMA_COLUMNS(WGMMA)                                                          \
-  static_assert(columns == 64 || columns == 128 || columns == 256);                            \
-  LMENGINE_WGMMA_TYPES(WGMMA, 64, LMENGINE_NAMES0, LMENGINE_D32, "%32", "%33", "%34", "%35",   \
-                       "%36", "%37", "%38")                                                    \
-  LMENGINE_WGMMA_TYPES(WGMMA, 128, LMENGINE_NAMES0 "," LMENGINE_NAMES1, LMENGINE_D64, "%64",   \
-                       "%65", "%66", "%67", "%68", "%69", "%70")                               \
-  LMENGINE_WGMMA_TYPES(                                                                        \
-      WGMMA, 256, LMENGINE_NAMES0 "," LMENGINE_NAMES1 "," LMENGINE_NAMES2 "," LMENGINE_NAMES3, \
+#define LMENGINE_WGMMA_COLUMNS(WGMMA)                                                              \
+  static_assert(columns == 64 || columns == 128 || columns == 176 || columns == 256);              \
+  LMENGINE_WGMMA_TYPES(WGMMA, 64, LMENGINE_NAMES0, LMENGINE_D32, "%32", "%33", "%34", "%35",       \
+                       "%36", "%37", "%38")                                                        \
+  LMENGINE_WGMMA_TYPES(WGMMA, 128, LMENGINE_NAMES0 "," LMENGINE_NAMES1, LMENGINE_D64, "%64",       \
+                       "%65", "%66", "%67", "%68", "%69", "%70")                                   \
+  LMENGINE_WGMMA_TYPES(WGMMA, 176, LMENGINE_NAMES0 "," LMENGINE_NAMES1 "," LMENGINE_NAMES64_TO_87, \
+                       LMENGINE_D88, "%88", "%89", "%90", "%91", "%92", "%93", "%94")              \
+  LMENGINE_WGMMA_TYPES(                                                                            \
+      WGMMA, 256, LMENGINE_NAMES0 "," LMENGINE_NAMES1 "," LMENGINE_NAMES2 "," LMENGINE_NAMES3,     \
       LMENGINE_D128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 template <int columns, class T, bool b_transposed>
