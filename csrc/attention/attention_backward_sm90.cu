@@ -2,7 +2,8 @@
 // and goes over the queries that see them. Five products a pair of blocks: the weights and their
 // gradient are computed transposed, keys by queries, so that they are the left operands of the
 // gradients of values and keys as they lie in registers. For the gradient of the queries they go
-// through shared memory, and what a block of keys gives is added to sums in global memory.
+// through shared memory, and what a block of keys gives is added to sums in global memory; in the
+// order of the blocks where the sum has to be the same again.
 //   delta = sum(grad_output * output) - grad_logsumexp             of a query
 //   grad_scores = weights * (grad_output value^T - delta)
 //   grad_value = weights^T grad_output, grad_key = scale * grad_scores^T query,
@@ -45,7 +46,10 @@ struct Backward : Problem {
   const float* shift;  // (batch * heads, padded): logsumexp * log2(e), infinite without keys
   const float* delta;  // likewise, 0 behind the last query
   float* sums;         // (batch * heads, padded / 64, dim / 64, kSums)
-  Schedule schedule;   // heads of keys
+  // How many blocks of keys have added to a step's sums, for each head, step and warp group; null:
+  // they add in any order.
+  unsigned* added;
+  Schedule schedule;  // heads of keys
 
   // The first block of queries that see keys from `first` on.
   template <class S>
@@ -204,6 +208,17 @@ __device__ __forceinline__ void write_grads(unsigned char* tile, int row,
     }
 }
 
+// The blocks of keys that some queries see are the first ones: they add in the order of their
+// numbers. Called by a warp group.
+__device__ __forceinline__ void wait_for_sums(const unsigned* added, unsigned block) {
+  while (cuda::load_acquire(added) != block) cuda::spin_pause();
+}
+__device__ __forceinline__ void give_sums(unsigned* added, int group) {
+  __threadfence();
+  named_barrier_sync(2 + group, kWarpGroup);
+  if (threadIdx.x % kWarpGroup == 0) atomicAdd(added, 1u);
+}
+
 template <class S>
 __device__ __forceinline__ void compute(const Backward& p, const Shared<S>& shared) {
   using T = typename S::T;
@@ -267,8 +282,7 @@ __device__ __forceinline__ void compute(const Backward& p, const Shared<S>& shar
 
     if (begin < end) {
       int at = begin;  // the step's first query
-      float* sums = p.sums + (batch * p.heads + kv_head * p.kv_group) * p.padded * kDim +
-                    (group * kWarpGroup * 8 + threadIdx.x % kWarpGroup) * 4;
+      int head = static_cast<int>(tile.head) * p.kv_group;
       mbarrier_wait(shared.key_full, key_parity);
       key_parity ^= 1;
 
@@ -325,13 +339,17 @@ __device__ __forceinline__ void compute(const Backward& p, const Shared<S>& shar
         done_with(shared.empty + query_slot);
         done_with(shared.empty + output_slot);
         wgmma_wait<0>();
-        float* to = sums + static_cast<int64_t>(at) * kDim;
+        const int64_t query = static_cast<int64_t>(head) * p.padded + at;
+        const int64_t turn = query / S::kQueries * S::kGroups + group;
+        if (p.added != nullptr) wait_for_sums(p.added + turn, tile.block);
+        float* to = p.sums + query * kDim + (group * kWarpGroup * 8 + threadIdx.x % kWarpGroup) * 4;
 #pragma unroll
         for (int i = 0; i < 32; i += 4)
           add_to_global(to + i * kWarpGroup, grad_query[i], grad_query[i + 1], grad_query[i + 2],
                         grad_query[i + 3]);
+        if (p.added != nullptr) give_sums(p.added + turn, group);
         at += S::kQueries;
-        if (at == end) at = begin, sums += static_cast<int64_t>(p.padded) * kDim;
+        if (at == end) at = begin, ++head;
       }
       done_with(shared.key_empty);
     }
@@ -392,7 +410,9 @@ void launch_backward(const AttentionParameters& p, float* workspace, cudaStream_
   };
   const int padded = padded_length(p);
   const int64_t heads = p.batch * p.heads, rows = heads * padded;
-  float *sums = workspace, *shift = sums + rows * S::kDim, *delta = shift + rows;
+  float* sums = workspace;
+  unsigned* added = reinterpret_cast<unsigned*>(sums + rows * S::kDim);
+  float *shift = sums + rows * S::kDim + rows / 32, *delta = shift + rows;
   const int64_t head_bytes = p.query_length * (2 * (p.head_dim + p.value_dim) + 4 * S::kDim);
   AttentionParameters by_keys = p;
   by_keys.heads = p.kv_heads;
@@ -406,17 +426,26 @@ void launch_backward(const AttentionParameters& p, float* workspace, cudaStream_
                           shift,
                           delta,
                           sums,
+                          p.deterministic ? added : nullptr,
                           Schedule(by_keys, p.key_length, S::kKeys, head_bytes)};
-  cuda::zero(sums, static_cast<size_t>(rows) * S::kDim * sizeof(float), stream);
+  cuda::zero(sums, static_cast<size_t>(rows * S::kDim + rows / 32) * sizeof(float), stream);
   cuda::launch(prepare_kernel<T>, static_cast<unsigned>(rows / kRows), kRowThreads, 0, stream,
                p.output, p.grad_output, p.logsumexp, p.grad_logsumexp, shift, delta, p.heads,
                p.query_length, padded, p.value_dim);
-  if (p.key_length != 0)
-    cuda::launch(backward_kernel<S>, backward.schedule.grid(), S::kThreads, S::kSharedBytes, stream,
-                 backward, map(p.query, p.heads, p.query_length, p.head_dim, 64),
-                 map(p.key, p.kv_heads, p.key_length, p.head_dim, S::kKeys),
-                 map(p.value, p.kv_heads, p.key_length, p.value_dim, S::kKeys),
-                 map(p.grad_output, p.heads, p.query_length, p.value_dim, 64));
+  if (p.key_length != 0) {
+    const TensorMap query = map(p.query, p.heads, p.query_length, p.head_dim, 64);
+    const TensorMap key = map(p.key, p.kv_heads, p.key_length, p.head_dim, S::kKeys);
+    const TensorMap value = map(p.value, p.kv_heads, p.key_length, p.value_dim, S::kKeys);
+    const TensorMap grad = map(p.grad_output, p.heads, p.query_length, p.value_dim, 64);
+    const unsigned grid = backward.schedule.grid();
+    if (p.deterministic) {  // blocks wait for each other
+      cuda::launch_cooperative(backward_kernel<S>, grid, S::kThreads, S::kSharedBytes, stream,
+                               backward, query, key, value, grad);
+    } else {
+      cuda::launch(backward_kernel<S>, grid, S::kThreads, S::kSharedBytes, stream, backward, query,
+                   key, value, grad);
+    }
+  }
   cuda::launch(finish_kernel<T>, static_cast<unsigned>(rows / 64 * S::kPanels), kWarpGroup, 0,
                stream, sums, p.grad_query, p.scale, p.heads, p.query_length, padded / 64,
                S::kPanels, p.head_dim);
@@ -431,7 +460,8 @@ void backward(const AttentionParameters& p, float* workspace, cudaStream_t strea
 }  // namespace
 
 int64_t attention_backward_sm90_workspace(const AttentionParameters& p) {
-  return p.batch * p.heads * padded_length(p) * (padded_dim(p) + 2);
+  const int64_t rows = p.batch * p.heads * padded_length(p);
+  return rows * (padded_dim(p) + 2) + rows / 32;
 }
 
 void attention_backward_sm90(const AttentionParameters& p, float* workspace, cudaStream_t stream) {

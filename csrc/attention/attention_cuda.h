@@ -25,7 +25,8 @@ void attention_mask_gradient_cuda(const AttentionParameters& p, cudaStream_t str
 // The forward for Hopper.
 void attention_forward_sm90(const AttentionParameters& p, cudaStream_t stream);
 
-// `workspace`: so many floats, 16-byte aligned. The gradient of queries is summed by atomics.
+// `workspace`: so many floats, 16-byte aligned. The gradient of queries is summed by atomics, in an
+// order that does not vary only where p.deterministic says so.
 void attention_backward_sm90(const AttentionParameters& p, float* workspace, cudaStream_t stream);
 int64_t attention_backward_sm90_workspace(const AttentionParameters& p);
 

@@ -29,8 +29,7 @@ inline bool takes_sm90(const AttentionParameters& p, int capability) {
 
 inline bool takes_sm90_backward(const AttentionParameters& p, int capability) {
   return takes_sm90(p, capability) && p.query_length > 0 && p.head_dim <= 128 &&
-         p.value_dim <= 128 && !p.deterministic &&
-         has_tensor_map(p.grad_output, p.batch, p.heads, p.query_length);
+         p.value_dim <= 128 && has_tensor_map(p.grad_output, p.batch, p.heads, p.query_length);
 }
 
 }  // namespace lmengine

@@ -55,10 +55,11 @@ void attention_backward(void* query, void* key, void* value, void* output, float
                         void* grad_value, int64_t type, int64_t batch, int64_t heads,
                         int64_t kv_heads, int64_t query_length, int64_t key_length,
                         int64_t head_dim, int64_t value_dim, int64_t gap, int64_t window_right,
-                        int64_t bottom_right, float scale) {
+                        int64_t bottom_right, float scale, int64_t deterministic) {
   AttentionParameters p =
       parameters(query, key, value, type, batch, heads, kv_heads, query_length, key_length,
                  head_dim, value_dim, gap, window_right, bottom_right, scale);
+  p.deterministic = deterministic != 0;
   p.grad_output = p.output, p.grad_query = p.query, p.grad_key = p.key, p.grad_value = p.value;
   p.output.data = output, p.grad_output.data = grad_output;
   p.grad_query.data = grad_query, p.grad_key.data = grad_key, p.grad_value.data = grad_value;
