@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lmengine.ops.attention import EVERYTHING, FEATURES
+
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
 
@@ -35,3 +37,13 @@ def test_the_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(("name", "yes"), [("README.md", "yes"), ("README.zh-CN.md", "是")])
+def test_the_table_of_attention_says_what_the_kernels_have(name, yes):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for feature in EVERYTHING - {"cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}:
+        cells = re.findall(rf"\| `{feature}` \|[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|", text)
+        assert len(cells) == 1, feature
+        for backend, cell in zip(("cpu", "cuda", "triton"), cells[0], strict=True):
+            assert (cell.strip() == yes) == (feature in FEATURES[backend]), (feature, backend)
