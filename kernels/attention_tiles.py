@@ -57,7 +57,7 @@ GENERAL = {  # masks, ALiBi, soft-capping and dropout take registers
 }
 SINGLE = {  # float32: without tensor cores small tiles, so that nothing spills
     "forward": {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
-    "grad_key_value": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
+    "grad_key_value": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (32, 16, 8, 1)},
     "grad_query": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
 }
 
