@@ -108,8 +108,7 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) key_value_kernel(Attentio
   float next_shift = INFINITY, next_delta = 0;
   const auto read_numbers = [&](int step) {
     const bool valid = step < steps && thread < kQueries && next_begin + thread < limits.queries;
-    const int64_t index =
-        logsumexp_of(p, at.batch, next_head, query_begin) + next_begin + thread;
+    const int64_t index = logsumexp_of(p, at.batch, next_head, query_begin) + next_begin + thread;
     next_shift = valid ? shift_of(p.logsumexp[index], kBefore<Engine, general>) : INFINITY;
     next_delta = valid ? p.delta[index] : 0;
   };
@@ -171,8 +170,8 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) key_value_kernel(Attentio
         for (int j = 0; j < Engine::kThreadColumns; ++j)
 #pragma unroll
           for (int i = 0; i < Engine::kThreadRows; ++i)
-            weights[i][j] = weight_again<Engine, false>(
-                fmaf(weights[i][j], scale, -shift[Engine::column(j)]));
+            weights[i][j] =
+                weight_again<Engine, false>(fmaf(weights[i][j], scale, -shift[Engine::column(j)]));
         if (!limits.sees_all(begin, kQueries, warp_first, Engine::kWarpRows)) {
 #pragma unroll
           for (int j = 0; j < Engine::kThreadColumns; ++j) {
@@ -295,10 +294,10 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) query_kernel(AttentionPar
       for (int i = 0; i < Engine::kThreadRows; ++i)
 #pragma unroll
         for (int j = 0; j < Engine::kThreadColumns; ++j)
-          features.template backward<Engine>(
-              weights[i][j], grad_scores[i][j], at.first + Engine::row(i),
-              begin + Engine::column(j), begin + Engine::pair(j), Engine::column(j), shift[i],
-              minus[i]);
+          features.template backward<Engine>(weights[i][j], grad_scores[i][j],
+                                             at.first + Engine::row(i), begin + Engine::column(j),
+                                             begin + Engine::pair(j), Engine::column(j), shift[i],
+                                             minus[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < Engine::kThreadRows; ++i)

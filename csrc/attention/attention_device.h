@@ -86,10 +86,9 @@ struct MatrixEngine {
   static constexpr int kThreads = 128, kRows = 64 * row_tiles, kColumns = columns, kDim = dim;
   static constexpr int kThreadRows = 2 * row_tiles;
   static constexpr int kThreadColumns = columns / 4, kThreadDims = dim / 4;
-  static constexpr int kLanes = 4;    // that share a row, neighbours
-  static constexpr int kScratch = 0;  // bytes of shared memory
-  static constexpr float kBefore = kLog2E,
-                         kAfter = 1;  // the exponent's unit: see attention_features.h
+  static constexpr int kLanes = 4;                      // that share a row, neighbours
+  static constexpr int kScratch = 0;                    // bytes of shared memory
+  static constexpr float kBefore = kLog2E, kAfter = 1;  // see attention_features.h
   using RowTile = Tile<T, kRows, dim>;
   using ColumnTile = Tile<T, columns, dim>;
 

@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) mask_kernel(AttentionPara
         };
         bool loaded = false;
         float shift[Engine::kThreadRows], minus[Engine::kThreadRows];
-        for (int column_tile = column_tiles.begin; column_tile < column_tiles.end;
-             ++column_tile) {
+        for (int column_tile = column_tiles.begin; column_tile < column_tiles.end; ++column_tile) {
           if (unseen(column_tile)) continue;
           const int begin = column_tile * kColumns;
           __syncthreads();  // nobody uses the tiles any more
@@ -131,8 +130,8 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) mask_kernel(AttentionPara
     for (int j = 0; j < Engine::kThreadColumns; ++j)
       tile[Engine::row(i) * (kColumns + 1) + Engine::column(j)] = sums[i][j];
   __syncthreads();
-  float* out = static_cast<float*>(to.data) + batches.begin * to.batch_stride +
-               heads.begin * to.head_stride;
+  float* out =
+      static_cast<float*>(to.data) + batches.begin * to.batch_stride + heads.begin * to.head_stride;
   write_sums<kThreads, kRows, kColumns>(tile, to, row_tiles.begin * kRows,
                                         column_tiles.begin * kColumns, p.query_length, p.key_length,
                                         out);

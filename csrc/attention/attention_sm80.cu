@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) forward_kernel(AttentionP
 
   const auto load = [&](int step) {
     if (step < steps)
-      ColumnTile::template load<Engine::kThreads>(
-          tiles + step % ring * ColumnTile::kElements, step % 2 ? value : key,
-          blocks.begin(step / 2), step % 2 ? p.value_dim : p.head_dim);
+      ColumnTile::template load<Engine::kThreads>(tiles + step % ring * ColumnTile::kElements,
+                                                  step % 2 ? value : key, blocks.begin(step / 2),
+                                                  step % 2 ? p.value_dim : p.head_dim);
     cp_async_commit();
   };
   int step = 0;
@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) forward_kernel(AttentionP
     float weights[Engine::kThreadRows][Engine::kThreadColumns];
     if (sees) {
       Engine::products(weights, rows, key_tile);
-      [[maybe_unused]] const auto features =
-          features_of<general, T>(p, limits, at.batch, at.head);
+      [[maybe_unused]] const auto features = features_of<general, T>(p, limits, at.batch, at.head);
 #pragma unroll
       for (int i = 0; i < Engine::kThreadRows; ++i)
 #pragma unroll
@@ -87,8 +86,7 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) forward_kernel(AttentionP
             weights[i][j] = rounded_product(weights[i][j], scale);
           }
         }
-      if (!general &&
-          !limits.sees_all(warp_first, Engine::kWarpRows, begin, Engine::kColumns)) {
+      if (!general && !limits.sees_all(warp_first, Engine::kWarpRows, begin, Engine::kColumns)) {
 #pragma unroll
         for (int i = 0; i < Engine::kThreadRows; ++i) {
           const int seen = min(limits.keys, at.first + Engine::row(i) + limits.reach) - begin;
@@ -132,8 +130,8 @@ __global__ void __launch_bounds__(Engine::kThreads, 1) forward_kernel(AttentionP
 
   const Place again = place(block_index_anew());
   const Sequence sequence = sequence_of(p, again.batch);
-  const auto output = matrix_of<T>(p.output, again.batch, again.head, sequence.query_begin,
-                                   sequence.query_length);
+  const auto output =
+      matrix_of<T>(p.output, again.batch, again.head, sequence.query_begin, sequence.query_length);
   float* logsumexp = p.logsumexp + sequence.logsumexp + again.head * sequence.logsumexp_head;
   float inverse[Engine::kThreadRows];
   const float factor = general && p.seed != nullptr ? dropout_factor(p.dropout_p) : 1;
@@ -159,8 +157,7 @@ void forward(const AttentionParameters& p, cudaStream_t stream) {
       const size_t shared =
           (Engine::RowTile::kElements + Tiles::kRing * Engine::ColumnTile::kElements) * sizeof(T) +
           Engine::kScratch;
-      const unsigned grid =
-          grid_of({p.batch, p.heads, blocks_of(p.query_length, Engine::kRows)});
+      const unsigned grid = grid_of({p.batch, p.heads, blocks_of(p.query_length, Engine::kRows)});
       cuda::launch(forward_kernel<Engine, Tiles::kRing, general>, grid, Engine::kThreads, shared,
                    stream, p);
     });

@@ -58,7 +58,7 @@ AttentionParameters parameters(const Inputs& in) {
   p.bottom_right = n.bottom_right != 0, p.deterministic = n.deterministic != 0;
   p.scale = in.factors->scale, p.softcap = in.factors->softcap;
   p.dropout_p = in.factors->dropout_p;
-  p.type = static_cast<AttentionType>(n.type), p.is_causal = p.window_right == 0;
+  p.type = static_cast<AttentionType>(n.type);
   return p;
 }
 
