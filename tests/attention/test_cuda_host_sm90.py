@@ -102,7 +102,9 @@ def kernels_backward(library, case, tensors, output, logsumexp, grad_logsumexp, 
     return [found[name][..., :dim].transpose(1, 2) for name, dim in dims.items()]
 
 
-def check_right(library, case, dtype, scale=None, magnitude=1.0, backward=True, with_logsumexp=False, deterministic=False):
+def check_right(
+    library, case, dtype, scale=None, magnitude=1.0, backward=True, with_logsumexp=False, deterministic=False
+):
     tensors = case.tensors(dtype, magnitude)
     scale = case.dim**-0.5 if scale is None else scale
     output, logsumexp = kernels(library, case, tensors, scale)
