@@ -240,6 +240,7 @@ def check_numbers(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torc
 
 
 operator = Operator("attention", check)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 
 
 # ---- what the kernels take -------------------------------------------------------------------------------------
@@ -273,29 +274,15 @@ def lowered(query: Tensor, key: Tensor, is_causal: bool, scale: float, **options
     )  # fmt: skip
 
 
-# options that come with another, or that every backend has
-NO_FEATURES = {"deterministic", "seed", "max_seqlen_q", "max_seqlen_k"}
-
-
-def unsupported(dtypes: tuple[torch.dtype, ...], max_head_dim: float, features: frozenset[str]):
-    """A backend's check: its dtypes, its largest head_dim, and those options of `attention` that it has.
-
-    The features "kv_heads" and "value_dim" are fewer heads of keys than of queries, and values of another head_dim.
-    """
+def unsupported(max_head_dim: float):
+    """A backend's check: the dtypes of the kernels, and its largest head_dim. All kernels have all options."""
 
     def reason(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale=None, **options: Any):
-        if query.dtype not in dtypes:
-            return f"query: expected {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {query.dtype}"
+        if query.dtype not in FLOATING:
+            return f"query: expected float32, bfloat16 or float16, got {query.dtype}"
         for name, head_dim in (("query", query.shape[3]), ("value", value.shape[3])):
             if not 1 <= head_dim <= max_head_dim:
                 return f"{name}: expected a head_dim from 1 to {max_head_dim}, got {head_dim}"
-        if key.shape[1] != query.shape[1] and "kv_heads" not in features:
-            return f"key: expected {query.shape[1]} heads, got {key.shape[1]}"
-        if value.shape[3] != query.shape[3] and "value_dim" not in features:
-            return f"value: expected a head_dim of {query.shape[3]}, got {value.shape[3]}"
-        for name in options:
-            if name not in features and name not in NO_FEATURES:
-                return f"{name}: not in these kernels"
         return None
 
     return reason
@@ -436,7 +423,8 @@ def eager(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: flo
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     try:
-        if not runs_compiled(query.device.type, backends._forced):
+        device = query.device
+        if not runs_compiled(device.type, backends._forced) or not device == key.device == value.device:
             return None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -526,20 +514,9 @@ def triton_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool,
     return triton_forward(query, key, value, *lowered(query, key, is_causal, scale, **options))
 
 
-# ---- what each backend has; the README's table is made from it --------------------------------------------------
+# ---- the backends ----------------------------------------------------------------------------------------------
 
-EVERYTHING = frozenset({
-    "mask", "window_size", "bottom_right", "prefix_lengths", "key_lengths", "cu_seqlens_q", "cu_seqlens_k",
-    "alibi_slopes", "softcap", "dropout_p", "kv_heads", "value_dim",
-})  # fmt: skip
-FEATURES: dict[str, frozenset[str]] = {
-    "cuda": EVERYTHING,
-    "triton": EVERYTHING,
-    "cpu": EVERYTHING,
-}
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-
-operator.register("cuda", with_padded_heads(compiled), unsupported(FLOATING, 256, FEATURES["cuda"]))
-operator.register("triton", with_padded_heads(triton_attention), unsupported(FLOATING, 256, FEATURES["triton"]))
-operator.register("cpu", compiled, unsupported(FLOATING, math.inf, FEATURES["cpu"]))
+operator.register("cuda", with_padded_heads(compiled), unsupported(256))
+operator.register("triton", with_padded_heads(triton_attention), unsupported(256))
+operator.register("cpu", compiled, unsupported(math.inf))
 operator.register("reference", reference, lambda *args, **kwargs: None)

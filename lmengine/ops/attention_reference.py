@@ -83,7 +83,8 @@ def one_length(
         assert seed is not None
         kept = dropout_kept(seed, weights.shape, dropout_p, first_batch)
         weights = torch.where(kept, weights * (0 if dropout_p == 1 else 1 / (1 - dropout_p)), 0)
-    logsumexp = torch.where(some, scores.logsumexp(-1), -torch.inf)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    logsumexp = torch.where(some, wide.logsumexp(-1), -torch.inf)
     return weights @ value, logsumexp
 
 
