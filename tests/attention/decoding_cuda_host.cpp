@@ -1,5 +1,5 @@
-// Wraps decoding's CUDA launcher for runs on the CPU. Queries, new keys and values and the output are
-// (batch, queries, heads, dim); a cache is (batch, keys, kv_heads, dim), or (blocks, page_size,
+// Wraps decoding's CUDA launcher for runs on the CPU. Queries, new keys and values and the output
+// are (batch, queries, heads, dim); a cache is (batch, keys, kv_heads, dim), or (blocks, page_size,
 // kv_heads, dim) where page_size is not 0.
 #include "attention/decoding_cuda.h"
 
