@@ -386,8 +386,8 @@ void launch_split(const DecodingParameters& p, int64_t most, cudaStream_t stream
                static_cast<int>(most), static_cast<int>(tiles));
 }
 
-// The ring is as long as two blocks on a multiprocessor of sm_80 allow, or one with a dim of 256:
-// where it is 1 a warp's copies overlap with the other warps' arithmetic only.
+// The ring is as long as one or two blocks on a multiprocessor of sm_80 allow; where it is 1 a
+// warp's copies overlap with the other warps' arithmetic only.
 template <class T>
 void split(const DecodingParameters& p, int64_t most, cudaStream_t stream) {
   const int dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
@@ -400,7 +400,7 @@ template <>
 void split<float>(const DecodingParameters& p, int64_t most, cudaStream_t stream) {
   const int dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
   if (dim <= 64) return launch_split<ScalarWarp<64>, 2>(p, most, stream);
-  if (dim <= 128) return launch_split<ScalarWarp<128>, 1>(p, most, stream);
+  if (dim <= 128) return launch_split<ScalarWarp<128>, 2>(p, most, stream);
   return launch_split<ScalarWarp<256>, 1>(p, most, stream);
 }
 
