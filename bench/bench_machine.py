@@ -1,4 +1,4 @@
-"""What the machine can do at most, by PyTorch's own operators: the peaks that the report divides by.
+"""What the machine was seen to do at most: the peaks that the report divides by.
 
 A large product of matrices for the arithmetic, a large copy for the memory (as bytes read and written a second, in the
 entry's `bytes`).
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import gpu
+from lmengine.ops.matmul import matmul
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -31,20 +32,24 @@ def cpu_samples(call: Any, rounds: int) -> list[float]:
     return samples
 
 
-def describe(benchmark: Any, shape: str, dtype: str, **numbers: int) -> None:
+def describe(benchmark: Any, shape: str, dtype: str, implementation: str = "torch", **numbers: int) -> None:
     benchmark.group = f"machine {shape} {dtype}"
     benchmark.extra_info.update(
-        family="machine", implementation="torch", shape=shape, dtype=dtype, direction="forward", **numbers
+        family="machine", implementation=implementation, shape=shape, dtype=dtype, direction="forward", **numbers
     )
 
 
+PRODUCTS = {"torch": torch.matmul, "lmengine cpu": matmul}  # the faster of them is the peak
+
+
+@pytest.mark.parametrize("implementation", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
-def test_cpu_product(benchmark: Any, dtype: torch.dtype) -> None:
+def test_cpu_product(benchmark: Any, dtype: torch.dtype, implementation: str) -> None:
     size = 2048
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-    describe(benchmark, f"product of {size} x {size}", name_of(dtype), flops=2 * size**3)
-    benchmark.extra_info["samples"] = cpu_samples(lambda: left @ right, 20)
-    benchmark.pedantic(lambda: left @ right, rounds=1)
+    describe(benchmark, f"product of {size} x {size}", name_of(dtype), implementation, flops=2 * size**3)
+    benchmark.extra_info["samples"] = cpu_samples(lambda: PRODUCTS[implementation](left, right), 20)
+    benchmark.pedantic(lambda: PRODUCTS[implementation](left, right), rounds=1)
 
 
 def test_cpu_copy(benchmark: Any) -> None:

@@ -140,7 +140,7 @@ def summary(results: dict[str, dict[str, list[Row]]]) -> str:
     ]
     for device, families in results.items():
         for family, rows in families.items():
-            for name in ours(rows) if rows[0].unit == "seconds" else []:
+            for name in ours(rows) if rows[0].unit == "seconds" and family != "machine" else []:
                 for dtype, direction in dict.fromkeys((row.dtype, row.direction) for row in rows):
                     chosen = [r for r in rows if (r.dtype, r.direction) == (dtype, direction) and name in r.medians]
                     ratios = [row.ratio(name) for row in chosen if has_peer(row)]

@@ -330,9 +330,11 @@ void run_split(const DecodingParameters& p, const Layout& layout, const Splits& 
       key[k] = row_of_cache<T>(p, p.key_cache, batch, kv_head, begin + k);
       value[k] = row_of_cache<T>(p, p.value_cache, batch, kv_head, begin + k);
     }
-    // with one row a key the arithmetic is over before memory answers, and asking ahead does not
-    // help
-    const bool ahead = rows > 1;
+    // one row a key leaves little arithmetic: asking ahead helps where rows are so short that the
+    // processor's own guesses are, and what is asked for is not in its caches anyway
+    const int64_t row_bytes = (p.head_dim + p.value_dim) * sizeof(T);
+    const bool ahead =
+        rows > 1 || (row_bytes <= 512 && p.batch * p.kv_heads * length * row_bytes > (32 << 20));
     for (int64_t k = 0; k < count && ahead; ++k) {
       const int64_t next = begin + kKeys + k;
       key[kKeys + k] = row_of_cache<T>(p, p.key_cache, batch, kv_head, next < end ? next : end - 1);
