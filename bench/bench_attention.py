@@ -1,13 +1,15 @@
 """attention beside torch's scaled_dot_product_attention: forward without gradients, and forward with backward.
 
 On the CPU the implementations of a cell are called in turn, so that what else the machine does hits all alike. On a GPU
-the entries are our backends, PyTorch's own choice, and its FlashAttention and cuDNN backends by name.
+the entries are our backends, PyTorch's own choice, its FlashAttention and cuDNN backends by name, and the flash-attn packages
+where they are installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,7 +72,8 @@ GPU_SHAPES = [
 ]
 DIRECTIONS = ("forward", "forward+backward")
 CPU_IMPLEMENTATIONS = ("lmengine cpu", "torch")
-GPU_IMPLEMENTATIONS = ("lmengine cuda", "lmengine triton", "torch", "torch flash", "torch cudnn")
+PEERS = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}  # the modules of flash_attn_func
+GPU_IMPLEMENTATIONS = ("lmengine cuda", "lmengine triton", "torch", "torch flash", "torch cudnn", *PEERS)
 SDPA_BACKENDS = {"torch flash": SDPBackend.FLASH_ATTENTION, "torch cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -96,10 +99,14 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> list[torch.Ten
 def make_call(implementation: str, shape: Shape, direction: str, tensors: list[torch.Tensor]) -> Callable[[], Any]:
     query, key, value, grad_output = tensors
     ours = implementation.startswith("lmengine")
+    peer = importlib.import_module(PEERS[implementation]).flash_attn_func if implementation in PEERS else None
 
     def output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if ours:
             return attention(query, key, value, shape.is_causal)
+        if peer is not None:  # (batch, length, heads, head_dim), as the tensors lie in memory
+            found = peer(*(tensor.transpose(1, 2) for tensor in (query, key, value)), causal=shape.is_causal)
+            return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value, is_causal=shape.is_causal)
 
     if direction == "forward":
@@ -221,6 +228,8 @@ def test_memory(benchmark: Any, index: int, implementation: str) -> None:
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_gpu(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, implementation: str) -> None:
     describe(benchmark, implementation, shape, dtype, direction)
+    if implementation in PEERS:
+        pytest.importorskip(PEERS[implementation])
     count = max(1, gpu.L2_BYTES // (3 * shape.elements * dtype.itemsize))
     calls = [make_call(implementation, shape, direction, make_inputs(shape, dtype, "cuda")) for _ in range(count)]
     with chosen(implementation):
