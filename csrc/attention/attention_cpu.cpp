@@ -67,29 +67,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                                  key, value, output, logsumexp, options, needs_grad_mask);
 }
 
-std::tuple<Tensor, Tensor> plain_forward(Tensor query, Tensor key, Tensor value, bool is_causal,
-                                         double scale) {
-  return forward(query, key, value, {}, {}, {}, {}, {}, {}, {}, -1, -1, -1, is_causal ? 0 : -1,
-                 false, scale, 0, 0, false);
-}
-
-std::tuple<Tensor, Tensor, Tensor> plain_backward(Tensor grad_output, Tensor query, Tensor key,
-                                                  Tensor value, Tensor output, Tensor logsumexp,
-                                                  bool is_causal, double scale,
-                                                  bool deterministic) {
-  auto [grad_query, grad_key, grad_value, none] =
-      backward(grad_output, {}, query, key, value, output, logsumexp, {}, {}, {}, {}, {}, {}, {},
-               -1, -1, -1, is_causal ? 0 : -1, false, scale, 0, 0, deterministic, false);
-  return {grad_query, grad_key, grad_value};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lmengine, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&forward));
   m.impl("attention_backward", TORCH_BOX(&backward));
-  m.impl("attention_plain_forward", TORCH_BOX(&plain_forward));
-  m.impl("attention_plain_backward", TORCH_BOX(&plain_backward));
+  m.impl("attention_plain_forward", TORCH_BOX(&attention_plain_forward<&forward>));
+  m.impl("attention_plain_backward", TORCH_BOX(&attention_plain_backward<&backward>));
 }
 
 }  // namespace lmengine

@@ -229,4 +229,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_with(
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 
+// A device's forward and backward with the few arguments of the plain operators.
+template <auto forward>
+std::tuple<Tensor, Tensor> attention_plain_forward(Tensor query, Tensor key, Tensor value,
+                                                   bool is_causal, double scale) {
+  return forward(query, key, value, {}, {}, {}, {}, {}, {}, {}, -1, -1, -1, is_causal ? 0 : -1,
+                 false, scale, 0, 0, false);
+}
+
+template <auto backward>
+std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor grad_output, Tensor query,
+                                                            Tensor key, Tensor value, Tensor output,
+                                                            Tensor logsumexp, bool is_causal,
+                                                            double scale, bool deterministic) {
+  auto [grad_query, grad_key, grad_value, none] =
+      backward(grad_output, {}, query, key, value, output, logsumexp, {}, {}, {}, {}, {}, {}, {},
+               -1, -1, -1, is_causal ? 0 : -1, false, scale, 0, 0, deterministic, false);
+  return {grad_query, grad_key, grad_value};
+}
+
 }  // namespace lmengine
